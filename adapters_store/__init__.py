@@ -1,0 +1,1 @@
+"""What adapters are: kinds, primitives, sites, composition, the relation graph, the store."""

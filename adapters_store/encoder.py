@@ -1,0 +1,163 @@
+"""One forward of the backbone over rows of any lengths and mixes, to pooled hidden states.
+
+Packed where the model's attention goes through the model library's attention interface and packing gives the same
+hidden states as padding (found out by a probe when the encoder is made), padded otherwise. The model is any
+AutoModel-like module; this file needs its forward's signature and its config, and imports no model library.
+"""
+
+import inspect
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from adapters_store.mixing import Mix, MixedBatch
+from adapters_store.packing import PACKED, packed, runs_of
+from adapters_store.sites import Sites, in_eval
+
+Rows = Sequence[Sequence[int]]
+
+
+class Encoder:
+    """A frozen backbone with its sites, ready to run mixed batches. Not thread-safe: one batch at a time."""
+
+    def __init__(self, model: nn.Module, *, pad_id: int = 0, keeps_reference: bool = False) -> None:
+        """model: an AutoModel-like backbone without a task head; it is frozen and put into evaluation mode."""
+        config: Any = model.config
+        self.model = in_eval(model)
+        self.hidden_size = int(getattr(config, "hidden_size", None) or config.n_embd)
+        self.sites = Sites(model, self.hidden_size, keeps_reference=keeps_reference)
+        self.num_layers = self.sites.num_layers
+        self.device, self.dtype = self.sites.device, self.sites.dtype
+        self.pad_id = pad_id
+        self.pooler = _take_pooler(model)
+        self._accepts = set(inspect.signature(model.forward).parameters)
+        self._first_position = 0
+        self.is_packed = self._try_packing()
+
+    @property
+    def max_length(self) -> int:
+        """Longest row in tokens."""
+        config: Any = self.model.config
+        positions = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 512))
+        return positions - self._first_position
+
+    def tokens_run(self, lengths: Sequence[int]) -> int:
+        """Tokens that a batch of rows of these lengths computes, padding included."""
+        return sum(lengths) if self.is_packed else len(lengths) * max(lengths, default=0)
+
+    def pool(self, rows: Rows, mixes: Sequence[Mix | None], poolings: Sequence[str], *, reference: bool = False) -> Tensor:
+        """Pooled hidden states of each row under its mix, in one forward.
+
+        rows: token ids; mixes: one per row, None for the bare backbone; poolings: "mean", "cls", "last" or "pooler".
+        Returns (rows, hidden_size) float32. reference=True runs the slow specification (needs keeps_reference).
+        """
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # neighbours of equal length share attention calls
+        lengths = [len(rows[i]) for i in order]
+        batch = MixedBatch.of([(len(rows[i]), mixes[i]) for i in order], self.num_layers, self.device)
+        ordered = [rows[i] for i in order]
+        hidden = self._packed(ordered, batch, reference) if self.is_packed else self._padded(ordered, batch, reference)
+        pooled = self._pool_runs(hidden, lengths, [poolings[i] for i in order], batch, reference)
+        place = torch.empty(len(order), dtype=torch.int64)
+        place[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(order))
+        return pooled.index_select(0, place.to(self.device))
+
+    def _packed(self, rows: Rows, batch: MixedBatch, reference: bool) -> Tensor:
+        """(tokens, d) hidden states, rows side by side."""
+        lengths = [len(row) for row in rows]
+        ids = torch.tensor([[token for row in rows for token in row]], device=self.device)  # (1, tokens)
+        positions = torch.cat([torch.arange(length) for length in lengths])[None].to(self.device) + self._first_position
+        with self.sites.mixing(batch, reference=reference), packed(lengths):
+            return self._forward(input_ids=ids, position_ids=positions)[0]
+
+    def _padded(self, rows: Rows, batch: MixedBatch, reference: bool) -> Tensor:
+        """(tokens, d) hidden states, rows side by side, padding taken out again."""
+        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=self.pad_id)
+        mask = pad_sequence([torch.ones(len(row), dtype=torch.int64) for row in rows], batch_first=True)
+        padded = batch.with_lengths([ids.shape[1]] * len(rows))
+        with self.sites.mixing(padded, reference=reference):
+            hidden = self._forward(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
+        return hidden[mask.bool().to(self.device)]
+
+    def _forward(self, **inputs: Tensor) -> Tensor:
+        if "token_type_ids" in self._accepts:
+            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+        switches: dict[str, Any] = {"use_cache": False} if "use_cache" in self._accepts else {}
+        hidden: Tensor = self.model(**inputs, **switches).last_hidden_state
+        return hidden
+
+    def _pool_runs(
+        self, hidden: Tensor, lengths: Sequence[int], poolings: Sequence[str], batch: MixedBatch, reference: bool
+    ) -> Tensor:
+        """(rows, d) float32 from packed hidden states; equal rows sum in equal order whatever their neighbours."""
+        pieces, row = [], 0
+        for start, count, length in runs_of(lengths):
+            states = hidden[start : start + count * length].view(count, length, -1)
+            pieces.append(_pool(states, poolings[row : row + count]))
+            row += count
+        pooled = torch.cat(pieces)
+        if "pooler" not in poolings:
+            return pooled
+        if self.pooler is None:
+            raise ValueError("this backbone has no pooler; pool with 'mean', 'cls' or 'last'")
+        with self.sites.mixing(batch.with_lengths([1] * len(lengths)), reference=reference):
+            through = self.pooler(pooled[:, None].to(self.dtype)).float()
+        chosen = torch.tensor([pooling == "pooler" for pooling in poolings], device=self.device)
+        return torch.where(chosen[:, None], through, pooled)
+
+    def _try_packing(self) -> bool:
+        """True if packing gives what padding gives; leaves the model set up for the way that serves."""
+        if "position_ids" not in self._accepts or not hasattr(self.model, "set_attn_implementation"):
+            return False
+        config: Any = self.model.config
+        usual = config._attn_implementation
+        size = int(config.vocab_size)
+        rows = [[(7 * i + 3 * n + 11) % (size - 2) + 1 for i in range(n)] for n in (5, 9, 9)]
+        rows = [[token if token != self.pad_id else token + 1 for token in row] for row in rows]
+        batch = MixedBatch.of([(len(row), None) for row in rows], self.num_layers, self.device)
+        with torch.no_grad():
+            expected = self._padded(rows, batch, False)
+            self.model.set_attn_implementation(PACKED)
+            for self._first_position in (0, self.pad_id + 1):  # RoBERTa and its kin count positions from pad_id + 1
+                if self._agrees(rows, batch, expected):
+                    return True
+        self._first_position = 0
+        self.model.set_attn_implementation(usual)
+        return False
+
+    def _agrees(self, rows: Rows, batch: MixedBatch, expected: Tensor) -> bool:
+        try:
+            found = self._packed(rows, batch, False)
+        except (ValueError, RuntimeError, IndexError, TypeError, KeyError, AttributeError):
+            return False  # this family's forward cannot be packed; padding serves it
+        tolerance = 1e-4 if self.dtype == torch.float32 else 0.05
+        return bool((found - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0))
+
+
+def _take_pooler(model: nn.Module) -> nn.Module | None:
+    """The model's pooler, taken out of its forward: it would pool the packed sequence as if it were one row."""
+    pooler = getattr(model, "pooler", None)
+    if not isinstance(pooler, nn.Module):
+        return None
+    model.pooler = None  # type: ignore[assignment]
+    return pooler
+
+
+def _pool(states: Tensor, poolings: Sequence[str]) -> Tensor:
+    """states: (rows, length, d) of equal length; returns (rows, d) float32."""
+    first, last = states[:, 0].float(), states[:, -1].float()
+    if set(poolings) <= {"cls", "pooler"}:
+        return first
+    mean = states.float().mean(dim=1)
+    by_name = {"mean": mean, "last": last, "cls": first, "pooler": first}
+    if len(set(poolings)) == 1:
+        return by_name[poolings[0]]
+    return torch.stack([by_name[pooling][i] for i, pooling in enumerate(poolings)])
+
+
+def no_grad_unless(training: bool) -> Any:
+    """torch.no_grad for evaluation and serving, nothing for training."""
+    return nullcontext() if training else torch.no_grad()

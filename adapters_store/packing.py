@@ -1,0 +1,89 @@
+"""Packing: rows of different lengths as one sequence of tokens, so that cost follows the fill and not the padding.
+
+A packed forward gets input_ids (1, tokens) with rows side by side. All that mixes tokens is attention, so the
+attention function is the one part that must know where rows begin; it is registered with the model library under the
+name PACKED and reads the current row lengths from here.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PACKED = "espalier_packed"
+_runs: ContextVar[tuple[tuple[int, int, int], ...] | None] = ContextVar("runs", default=None)
+
+
+def runs_of(lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    """(start, rows, length) of each run of neighbouring rows of equal length."""
+    runs, start = [], 0
+    for length, group in groupby(lengths):
+        rows = len(list(group))
+        runs.append((start, rows, length))
+        start += rows * length
+    return tuple(runs)
+
+
+@contextmanager
+def packed(lengths: Sequence[int]) -> Iterator[None]:
+    """While inside, packed attention works on rows of these lengths."""
+    token = _runs.set(runs_of(lengths))
+    try:
+        yield
+    finally:
+        _runs.reset(token)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention of each row to itself. query: (1, heads, tokens, d); key, value: (1, kv_heads, tokens, d).
+
+    Returns (1, tokens, heads, d). Raises ValueError for what it does not do (sliding windows, soft caps, sinks), so
+    that the encoder falls back to padding instead of being silently wrong.
+    """
+    runs = _runs.get()
+    if runs is None:
+        raise ValueError("packed attention outside of packing.packed()")
+    _refuse(runs, options)
+    causal = bool(options.get("is_causal", getattr(module, "is_causal", False)))
+    pieces = []
+    for start, rows, length in runs:
+        q, k, v = (_rows(tensor, start, rows, length) for tensor in (query, key, value))
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, is_causal=causal and length > 1, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        pieces.append(mixed.transpose(1, 2).reshape(1, rows * length, *mixed.shape[1:2], mixed.shape[-1]))
+    return torch.cat(pieces, dim=1), None
+
+
+def _rows(tensor: Tensor, start: int, rows: int, length: int) -> Tensor:
+    """(rows, heads, length, d) view of a run of a packed (1, heads, tokens, d)."""
+    run = tensor[0, :, start : start + rows * length]
+    return run.unflatten(1, (rows, length)).transpose(0, 1)
+
+
+def _refuse(runs: Sequence[tuple[int, int, int]], options: dict[str, Any]) -> None:
+    longest = max(length for _, _, length in runs)
+    window = options.get("sliding_window")
+    if window is not None and window < longest:
+        raise ValueError(f"packed attention has no sliding window ({window} < {longest})")
+    for name in ("softcap", "s_aux", "position_bias"):
+        if options.get(name) is not None:
+            raise ValueError(f"packed attention does not do {name}")
+
+
+def no_mask(*args: Any, **kwargs: Any) -> None:
+    """The mask function registered with PACKED: packed attention needs none."""

@@ -1,0 +1,240 @@
+"""Sites: the places of a backbone where adapters act, attached by name to any nn.Module.
+
+Attaching swaps the class of each linear layer and norm for a subclass whose forward adds what the current batch's
+mixes contribute: out = y + sum_k w_k * delta_k(x, y). Names, parameters and state_dict stay as they were, and with no
+batch set the forward is the original one. Training and serving run through these same objects.
+"""
+
+import functools
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters_store.errors import NoSiteError, UnknownSiteError
+from adapters_store.mixing import MixedBatch
+from adapters_store.primitives import Bank, Entry, Place, primitive
+from adapters_store.primitives.norm import is_norm
+
+_NUMBER = re.compile(r"\.(\d+)(?:\.|$)")
+
+
+class Site:
+    """One place and the adapters resident there, by primitive."""
+
+    def __init__(self, owner: "Sites", place: Place) -> None:
+        self.owner = owner
+        self.place = place
+        self.banks: dict[str, Bank] = {}
+        self.entries: dict[int, list[Entry]] = {}
+
+    def put(self, slot: int, entries: Sequence[Entry]) -> None:
+        """Make an adapter's entries resident under a slot."""
+        for entry in entries:
+            if entry.primitive not in self.banks:
+                bank = primitive(entry.primitive).bank
+                self.banks[entry.primitive] = bank(self.place, self.owner.dtype, self.owner.device)
+            self.banks[entry.primitive].put(slot, entry)
+        if self.owner.keeps_reference:
+            self.entries[slot] = list(entries)
+
+    def drop(self, slot: int) -> None:
+        """Forget a slot."""
+        for bank in self.banks.values():
+            bank.drop(slot)
+        self.entries.pop(slot, None)
+
+    def apply(self, x: Tensor, y: Tensor) -> Tensor:
+        """y with the contributions of the current batch added; y itself if there are none. May change y in place."""
+        batch = self.owner.batch
+        if batch is None or not batch.active:
+            return y
+        banks = [bank for bank in self.banks.values() if not batch.active.isdisjoint(bank.slots)]
+        if not banks and not (self.owner.reference and self.entries):
+            return y
+        flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        if flat_y.shape[0] != batch.num_tokens:
+            raise AssertionError(
+                f"our bug: {self.place.name} ran on {flat_y.shape[0]} tokens in a batch of {batch.num_tokens}"
+            )
+        if self.owner.reference:
+            return self._reference(flat_x, flat_y, batch).view_as(y)
+        out = flat_y.clone() if len(banks) > 1 else flat_y  # each delta is of the backbone's own output
+        for bank in banks:
+            out = bank.add(out, flat_x, flat_y, batch)
+        return out.view_as(y)
+
+    def _reference(self, x: Tensor, y: Tensor, batch: MixedBatch) -> Tensor:
+        """The law, written down: row by row, adapter by adapter."""
+        out = y.clone()
+        for start, length, index in zip(batch.row_start, batch.lengths, batch.mix_of_row, strict=True):
+            rows = slice(start, start + length)
+            for pair in range(len(batch.pair_slot)) if index >= 0 else ():
+                if batch.pair_mix[pair] != index:
+                    continue
+                weight = batch.pair_weight[self.place.layer, pair]
+                for entry in self.entries.get(int(batch.pair_slot[pair]), ()):
+                    delta = primitive(entry.primitive).delta(self.place, entry, x[rows], y[rows])
+                    out[rows] += (weight * delta).to(out.dtype)
+        return out
+
+
+class Sites(Mapping[str, Site]):
+    """All sites of one backbone, by module path. At most one batch runs at a time."""
+
+    def __init__(self, backbone: nn.Module, hidden_size: int, *, keeps_reference: bool = False) -> None:
+        """Attach to every linear layer and norm; other modules on demand (`add`).
+
+        hidden_size: width of hidden states, for modules that do not tell theirs. keeps_reference: also keep entries
+        as they came, so that `mixing(…, reference=True)` can run the slow specification.
+        """
+        parameter = next(backbone.parameters())
+        self.backbone = backbone
+        self.hidden_size = hidden_size
+        self.dtype = parameter.dtype
+        self.device = parameter.device
+        self.keeps_reference = keeps_reference
+        self.batch: MixedBatch | None = None
+        self.reference = False
+        self._running = threading.Lock()
+        self._sites: dict[str, Site] = {}
+        self._layers = _layers_by_name(backbone)
+        self.num_layers = max(self._layers.values(), default=0) + 1
+        self._swap_all()
+
+    def __getitem__(self, name: str) -> Site:
+        return self._sites[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def _swap_all(self) -> None:
+        for name, module in self.backbone.named_modules():
+            if is_linear(module) or is_norm(module):
+                self._attach(name, module)
+
+    def _attach(self, name: str, module: nn.Module) -> None:
+        d_in, d_out = _widths(module, self.hidden_size)
+        site = Site(self, Place(name, module, d_in, d_out, self._layers[name]))
+        self._sites[name] = site
+        module.__dict__["_espalier_site"] = site
+        module.__class__ = _sited(type(module))
+
+    def detach(self) -> None:
+        """Give every module its own class back."""
+        for site in self._sites.values():
+            site.place.module.__class__ = type(site.place.module).__mro__[1]
+            del site.place.module.__dict__["_espalier_site"]
+        self._sites.clear()
+
+    def add(self, name: str) -> Site:
+        """The site of this name, attached to if it is not yet. Raises UnknownSiteError."""
+        if name not in self._sites:
+            module = dict(self.backbone.named_modules()).get(name)
+            if module is None or name == "":
+                some = ", ".join(list(self._sites)[:6])
+                raise UnknownSiteError(f"the backbone has no module {name!r}; it has for example {some}")
+            self._attach(name, module)
+        return self._sites[name]
+
+    def check(self, entries: Sequence[Entry]) -> None:
+        """Refuse entries that do not fit this backbone. Raises UnknownSiteError, ShapeError, KeysError, UnsupportedError."""
+        for entry in entries:
+            known = primitive(entry.primitive)
+            known.check(self.add(entry.site).place, entry)
+
+    def put(self, slot: int, entries: Sequence[Entry]) -> None:
+        """Make an adapter resident under a slot, at all its sites. Raises NoSiteError if it has none."""
+        if not entries:
+            raise NoSiteError("the adapter touches no site of the backbone")
+        by_site: dict[str, list[Entry]] = {}
+        for entry in entries:
+            by_site.setdefault(entry.site, []).append(entry)
+        for name, here in by_site.items():
+            self.add(name).put(slot, here)
+
+    def drop(self, slot: int) -> None:
+        """Forget a slot at all sites."""
+        for site in self._sites.values():
+            site.drop(slot)
+
+    @contextmanager
+    def mixing(self, batch: MixedBatch, *, reference: bool = False) -> Iterator[None]:
+        """While inside, the backbone's forward runs with this batch's mixes. Not reentrant, by design."""
+        if not self._running.acquire(blocking=False):
+            raise AssertionError("our bug: two batches at once on one backbone")
+        self.batch, self.reference = batch, reference
+        try:
+            yield
+        finally:
+            self.batch, self.reference = None, False
+            self._running.release()
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for nn.Linear and for transformers' Conv1D (a linear layer that keeps its weight transposed)."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _widths(module: nn.Module, hidden_size: int) -> tuple[int, int]:
+    """(d_in, d_out) of a module."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    weight = getattr(module, "weight", None)
+    if is_linear(module) and isinstance(weight, Tensor):
+        return weight.shape[0], weight.shape[1]
+    if is_norm(module) and isinstance(weight, Tensor):
+        return weight.shape[0], weight.shape[0]
+    return hidden_size, hidden_size
+
+
+def _layers_by_name(backbone: nn.Module) -> dict[str, int]:
+    """Depth of every module: the first number in its path; what stands before the first layer has depth 0, what stands
+    behind the last one has the last depth."""
+    names = [name for name, _ in backbone.named_modules()]
+    depths = {name: int(found[1]) for name in names if (found := _NUMBER.search(name))}
+    last, layers = 0, {}
+    for name in names:
+        last = depths.get(name, last)
+        layers[name] = last
+    return layers
+
+
+@functools.cache
+def _sited(cls: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a module class whose forward goes through its site."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = cls.forward(self, *args, **kwargs)
+        site: Site = self._espalier_site
+        if site.owner.batch is None:
+            return output
+        x = args[0] if args else next(iter(kwargs.values()))
+        if isinstance(output, tuple):
+            return (site.apply(x, output[0]), *output[1:])
+        return site.apply(x, output)
+
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+
+
+def slots_freed(sites: Sites) -> int:
+    """How many (site, slot) pairs are filled: 0 once everything is unloaded. For tests and metrics."""
+    return sum(len(bank.slots) for site in sites.values() for bank in site.banks.values())
+
+
+def in_eval(backbone: nn.Module) -> nn.Module:
+    """The backbone frozen and in evaluation mode: no dropout, no gradients of its own."""
+    backbone.eval()
+    for parameter in backbone.parameters():
+        parameter.requires_grad_(False)
+    return backbone
+
+
+__all__ = ["Site", "Sites", "in_eval", "is_linear", "slots_freed", "torch"]

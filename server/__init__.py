@@ -1,0 +1,1 @@
+"""Multi-adapter inference over HTTP."""

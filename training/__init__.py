@@ -1,0 +1,1 @@
+"""Training: tasks and data in, adapters and their relation graph out."""
