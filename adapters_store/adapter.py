@@ -99,7 +99,9 @@ def check(adapter: Adapter, sites: Sites, *, max_rank: int, allow_zero: bool = F
             if name == "scale" and not abs(float(value)) <= 1e6:
                 raise NotFiniteError(f"scale {value} at {entry.site} is not a usable number (limit 1e6)")
     if adapter.entries and not allow_zero and not any(_acts(entry, sites) for entry in adapter.entries):
-        raise AllZeroError("the adapter is zero everywhere and would answer as the bare backbone; allow_zero permits it")
+        raise AllZeroError(
+            "the adapter is zero everywhere and would answer as the bare backbone; allow_zero permits it"
+        )
     if adapter.head:
         head_primitive.check(adapter.head, sites.hidden_size)
 

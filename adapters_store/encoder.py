@@ -6,8 +6,7 @@ AutoModel-like module; this file needs its forward's signature and its config, a
 """
 
 import inspect
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from adapters_store.mixing import Mix, MixedBatch
 from adapters_store.packing import PACKED, packed, runs_of
-from adapters_store.sites import Sites, in_eval
+from adapters_store.sites import Sites, exclude_odd, in_eval
 
 Rows = Sequence[Sequence[int]]
 
@@ -28,28 +27,33 @@ class Encoder:
         """model: an AutoModel-like backbone without a task head; it is frozen and put into evaluation mode."""
         config: Any = model.config
         self.model = in_eval(model)
-        self.hidden_size = int(getattr(config, "hidden_size", None) or config.n_embd)
+        self.hidden_size = int(config.hidden_size)
         self.sites = Sites(model, self.hidden_size, keeps_reference=keeps_reference)
         self.num_layers = self.sites.num_layers
         self.device, self.dtype = self.sites.device, self.sites.dtype
         self.pad_id = pad_id
         self.pooler = _take_pooler(model)
         self._accepts = set(inspect.signature(model.forward).parameters)
-        self._first_position = 0
+        self._first_position = _first_position(model)
+        self._probe = _probe_rows(int(config.vocab_size), pad_id)
         self.is_packed = self._try_packing()
+        with torch.no_grad():
+            exclude_odd(self.sites, self._run_probe, self.tokens_run([len(row) for row in self._probe]))
 
     @property
     def max_length(self) -> int:
         """Longest row in tokens."""
         config: Any = self.model.config
-        positions = int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", 512))
-        return positions - self._first_position
+        positions: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        return (positions or 512) - self._first_position
 
     def tokens_run(self, lengths: Sequence[int]) -> int:
         """Tokens that a batch of rows of these lengths computes, padding included."""
         return sum(lengths) if self.is_packed else len(lengths) * max(lengths, default=0)
 
-    def pool(self, rows: Rows, mixes: Sequence[Mix | None], poolings: Sequence[str], *, reference: bool = False) -> Tensor:
+    def pool(
+        self, rows: Rows, mixes: Sequence[Mix | None], poolings: Sequence[str], *, reference: bool = False
+    ) -> Tensor:
         """Pooled hidden states of each row under its mix, in one forward.
 
         rows: token ids; mixes: one per row, None for the bare backbone; poolings: "mean", "cls", "last" or "pooler".
@@ -83,10 +87,13 @@ class Encoder:
         return hidden[mask.bool().to(self.device)]
 
     def _forward(self, **inputs: Tensor) -> Tensor:
-        if "token_type_ids" in self._accepts:
+        config: Any = self.model.config
+        if "token_type_ids" in self._accepts and getattr(config, "type_vocab_size", None):
+            # only where they have a table of their own: GPT-2 looks token types up among its word embeddings
             inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
         switches: dict[str, Any] = {"use_cache": False} if "use_cache" in self._accepts else {}
-        hidden: Tensor = self.model(**inputs, **switches).last_hidden_state
+        model: Any = self.model
+        hidden: Tensor = model(**inputs, **switches).last_hidden_state
         return hidden
 
     def _pool_runs(
@@ -104,45 +111,69 @@ class Encoder:
         if self.pooler is None:
             raise ValueError("this backbone has no pooler; pool with 'mean', 'cls' or 'last'")
         with self.sites.mixing(batch.with_lengths([1] * len(lengths)), reference=reference):
-            through = self.pooler(pooled[:, None].to(self.dtype)).float()
+            through = self.pooler(pooled[:, None].to(self.dtype)).float().view_as(pooled)
         chosen = torch.tensor([pooling == "pooler" for pooling in poolings], device=self.device)
         return torch.where(chosen[:, None], through, pooled)
 
     def _try_packing(self) -> bool:
         """True if packing gives what padding gives; leaves the model set up for the way that serves."""
-        if "position_ids" not in self._accepts or not hasattr(self.model, "set_attn_implementation"):
+        model: Any = self.model
+        if "position_ids" not in self._accepts or not hasattr(model, "set_attn_implementation"):
             return False
-        config: Any = self.model.config
-        usual = config._attn_implementation
-        size = int(config.vocab_size)
-        rows = [[(7 * i + 3 * n + 11) % (size - 2) + 1 for i in range(n)] for n in (5, 9, 9)]
-        rows = [[token if token != self.pad_id else token + 1 for token in row] for row in rows]
-        batch = MixedBatch.of([(len(row), None) for row in rows], self.num_layers, self.device)
+        usual = model.config._attn_implementation  # noqa: SLF001  # the library has no public way to ask
+        batch = MixedBatch.of([(len(row), None) for row in self._probe], self.num_layers, self.device)
         with torch.no_grad():
-            expected = self._padded(rows, batch, False)
-            self.model.set_attn_implementation(PACKED)
-            for self._first_position in (0, self.pad_id + 1):  # RoBERTa and its kin count positions from pad_id + 1
-                if self._agrees(rows, batch, expected):
-                    return True
-        self._first_position = 0
-        self.model.set_attn_implementation(usual)
+            expected = self._padded(self._probe, batch, reference=False)
+            model.set_attn_implementation(PACKED)
+            if self._agrees(self._probe, batch, expected):
+                return True
+        model.set_attn_implementation(usual)
         return False
 
     def _agrees(self, rows: Rows, batch: MixedBatch, expected: Tensor) -> bool:
         try:
-            found = self._packed(rows, batch, False)
+            found = self._packed(rows, batch, reference=False)
         except (ValueError, RuntimeError, IndexError, TypeError, KeyError, AttributeError):
             return False  # this family's forward cannot be packed; padding serves it
         tolerance = 1e-4 if self.dtype == torch.float32 else 0.05
         return bool((found - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0))
 
+    def _run_probe(self) -> None:
+        batch = MixedBatch.of([(len(row), None) for row in self._probe], self.num_layers, self.device)
+        run = self._packed if self.is_packed else self._padded
+        run(self._probe, batch, reference=False)
+        if self.pooler is not None:
+            tokens = self.tokens_run([len(row) for row in self._probe])
+            self.pooler(torch.zeros(tokens, 1, self.hidden_size, dtype=self.dtype, device=self.device))
 
-def _take_pooler(model: nn.Module) -> nn.Module | None:
-    """The model's pooler, taken out of its forward: it would pool the packed sequence as if it were one row."""
+
+def _probe_rows(vocab_size: int, pad_id: int) -> list[list[int]]:
+    """Three rows of different lengths without padding tokens."""
+    rows = [[(7 * i + 3 * n + 11) % (vocab_size - 2) + 1 for i in range(n)] for n in (5, 9, 9)]
+    return [[token if token != pad_id else token + 1 for token in row] for row in rows]
+
+
+def _first_position(model: nn.Module) -> int:
+    """Position of a row's first token: RoBERTa and its kin begin behind their embedding's padding_idx."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
+
+
+def _take_pooler(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The model's pooler, taken out of its forward: it would pool the packed sequence as if it were one row.
+
+    It takes (rows, length, d) and gives (rows, d).
+    """
     pooler = getattr(model, "pooler", None)
     if not isinstance(pooler, nn.Module):
         return None
     model.pooler = None  # type: ignore[assignment]
+    activation = getattr(model, "pooler_activation", None)
+    if isinstance(pooler, nn.Linear) and isinstance(activation, nn.Module):  # ALBERT keeps the two apart
+        linear = pooler
+        return lambda states: activation(linear(states[:, 0]))  # type: ignore[no-any-return]
     return pooler
 
 
@@ -156,8 +187,3 @@ def _pool(states: Tensor, poolings: Sequence[str]) -> Tensor:
     if len(set(poolings)) == 1:
         return by_name[poolings[0]]
     return torch.stack([by_name[pooling][i] for i, pooling in enumerate(poolings)])
-
-
-def no_grad_unless(training: bool) -> Any:
-    """torch.no_grad for evaluation and serving, nothing for training."""
-    return nullcontext() if training else torch.no_grad()

@@ -8,11 +8,10 @@ whatever they are called, and every cache may be keyed by it.
 import hashlib
 import json
 from datetime import datetime
+from functools import cached_property
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-
-FORMAT_VERSION = 1
 
 
 class _Strict(BaseModel):
@@ -72,7 +71,7 @@ class GoldenExample(_Strict):
 class Manifest(_Strict):
     """A published adapter version."""
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[1] = 1
     name: str
     version: int = Field(ge=1)
     task: str
@@ -89,7 +88,7 @@ class Manifest(_Strict):
     golden: tuple[GoldenExample, ...] = ()
     created_at: datetime
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """`sha256:<hex>` of everything that decides an answer, and of nothing else."""
         deciding = self.model_dump(mode="json", include={"sites", "tensors", "head", "blob"})

@@ -8,6 +8,7 @@ composition cost one. Everything here is built once per batch and shared by all 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,9 +34,33 @@ class Mix:
         return Mix((slot,), np.ones((1, num_layers), np.float32))
 
     @property
-    def key(self) -> tuple[tuple[int, ...], bytes]:
-        """Equal for mixes that do the same."""
+    def key(self) -> tuple[tuple[int, ...], bytes | int]:
+        """Equal for mixes that do the same; weights that are learned are compared by identity."""
+        if isinstance(self.weights, Tensor):
+            return self.slots, id(self.weights)
         return self.slots, np.asarray(self.weights, np.float32).tobytes()
+
+    def pruned(self) -> "Mix":
+        """The same without adapters whose weight is zero at all layers, in the order of slots; learned weights stay.
+
+        Adding zero times a delta could turn -0.0 into 0.0, and a zero-weight adapter would cost as much as any other.
+        """
+        if isinstance(self.weights, Tensor):
+            return self
+        acting = np.asarray(self.weights).any(axis=1)
+        kept = sorted((slot, i) for i, slot in enumerate(self.slots) if acting[i])
+        return Mix(tuple(slot for slot, _ in kept), np.asarray(self.weights)[[i for _, i in kept]])
+
+
+def _enter(mix: Mix, index: dict[object, int], mixes: list[Mix]) -> int:
+    """Where the mix stands among the distinct ones, entered if it is new; -1 if it does nothing."""
+    pruned = mix.pruned()
+    if not pruned.slots:
+        return -1
+    if pruned.key not in index:
+        index[pruned.key] = len(mixes)
+        mixes.append(pruned)
+    return index[pruned.key]
 
 
 @dataclass(eq=False)
@@ -49,22 +74,15 @@ class MixedBatch:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @staticmethod
-    def of(
-        rows: Sequence[tuple[int, Mix | None]], num_layers: int, device: torch.device | str = "cpu"
-    ) -> "MixedBatch":
-        """The batch of rows given as (number of tokens, mix); equal mixes are merged."""
+    def of(rows: Sequence[tuple[int, Mix | None]], num_layers: int, device: torch.device | str = "cpu") -> "MixedBatch":
+        """The batch of rows given as (number of tokens, mix); mixes are pruned, equal ones merged, empty ones none."""
+        found: dict[int, int] = {}  # by identity first: rows of one task share their Mix object
         index: dict[object, int] = {}
         mixes: list[Mix] = []
-        mix_of_row = []
         for _, mix in rows:
-            if mix is None or not mix.slots:
-                mix_of_row.append(-1)
-                continue
-            key = id(mix.weights) if isinstance(mix.weights, Tensor) else mix.key
-            if key not in index:
-                index[key] = len(mixes)
-                mixes.append(mix)
-            mix_of_row.append(index[key])
+            if mix is not None and id(mix) not in found:
+                found[id(mix)] = _enter(mix, index, mixes)
+        mix_of_row = [-1 if mix is None else found[id(mix)] for _, mix in rows]
         return MixedBatch([length for length, _ in rows], mix_of_row, mixes, num_layers, torch.device(device))
 
     def with_lengths(self, lengths: Sequence[int]) -> "MixedBatch":
@@ -97,20 +115,47 @@ class MixedBatch:
         return np.repeat(np.arange(len(self.mixes)), np.diff(self.mix_offset))
 
     @cached_property
+    def pair_position(self) -> npt.NDArray[np.int64]:
+        """(pairs,) Where in `slots` the slot of each pair stands."""
+        return np.searchsorted(self.slots, self.pair_slot)
+
+    @cached_property
     def pair_weight(self) -> Tensor:
         """(num_layers, pairs) float32 on `device`, contiguous."""
         weights = [torch.as_tensor(mix.weights, dtype=torch.float32) for mix in self.mixes]
         return torch.cat(weights).T.contiguous().to(self.device)
 
     @cached_property
-    def pair_weight_rows(self) -> list[npt.NDArray[np.float32]]:
-        """The same by layer as numpy, for the native kernel."""
-        return list(self.pair_weight.numpy())
+    def is_learned(self) -> bool:
+        """True if gradients flow into the weights."""
+        return self.pair_weight.requires_grad
 
     @cached_property
     def active(self) -> frozenset[int]:
         """Slots that some row uses."""
         return frozenset(slot for mix in self.mixes for slot in mix.slots)
+
+    @cached_property
+    def slots(self) -> npt.NDArray[np.int64]:
+        """(active,) The same in order."""
+        return np.array(sorted(self.active), np.int64)
+
+    @cached_property
+    def max_slot(self) -> int:
+        """The largest of them; -1 if there are none."""
+        return max(self.active, default=-1)
+
+    @cached_property
+    def tokens_of_mix(self) -> npt.NDArray[np.int64]:
+        """(mixes,) Tokens that run under each mix."""
+        counts = np.zeros(len(self.mixes) + 1, np.int64)
+        np.add.at(counts, np.asarray(self.mix_of_row, np.int64), np.asarray(self.lengths, np.int64))  # -1: the last
+        return counts[:-1]
+
+    @cached_property
+    def memo(self) -> dict[object, Any]:
+        """What primitives worked out about this batch, under keys of their own."""
+        return {}
 
     @cached_property
     def tiles(self) -> npt.NDArray[np.int64]:
@@ -174,6 +219,12 @@ class Selection:
             filled = zeros.index_add(0, flat, self.batch.pair_weight[layer].index_select(0, pairs))
             self._weights[layer] = filled.view(len(self.mixes), len(self.slots))
         return self._weights[layer]
+
+    @cached_property
+    def members(self) -> list[list[int]]:
+        """(m,) For each chosen mix the positions in `slots` of its adapters."""
+        of_pair = np.searchsorted(self.mixes, self.batch.pair_mix[self._pairs])
+        return [self._columns[of_pair == mix].tolist() for mix in range(len(self.mixes))]
 
     @cached_property
     def groups(self) -> tuple[Tensor, Tensor]:

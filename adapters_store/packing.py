@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 PACKED = "espalier_packed"
 _runs: ContextVar[tuple[tuple[int, int, int], ...] | None] = ContextVar("runs", default=None)
+_bands: ContextVar[dict[tuple[int, int, bool], Tensor]] = ContextVar("bands")  # this batch's masks, see _band
 
 
 def runs_of(lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
@@ -32,11 +33,12 @@ def runs_of(lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
 @contextmanager
 def packed(lengths: Sequence[int]) -> Iterator[None]:
     """While inside, packed attention works on rows of these lengths."""
-    token = _runs.set(runs_of(lengths))
+    runs, bands = _runs.set(runs_of(lengths)), _bands.set({})
     try:
         yield
     finally:
-        _runs.reset(token)
+        _runs.reset(runs)
+        _bands.reset(bands)
 
 
 def packed_attention(
@@ -44,26 +46,28 @@ def packed_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | None,  # noqa: ARG001  # rows are told apart by their lengths
     scaling: float | None = None,
-    dropout: float = 0.0,
+    dropout: float = 0.0,  # noqa: ARG001  # a frozen backbone has none
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of each row to itself. query: (1, heads, tokens, d); key, value: (1, kv_heads, tokens, d).
 
-    Returns (1, tokens, heads, d). Raises ValueError for what it does not do (sliding windows, soft caps, sinks), so
+    Returns (1, tokens, heads, d). Raises ValueError for what it does not do (soft caps, sinks, biases by position), so
     that the encoder falls back to padding instead of being silently wrong.
     """
     runs = _runs.get()
     if runs is None:
         raise ValueError("packed attention outside of packing.packed()")
-    _refuse(runs, options)
+    _refuse(options)
     causal = bool(options.get("is_causal", getattr(module, "is_causal", False)))
     pieces = []
     for start, rows, length in runs:
         q, k, v = (_rows(tensor, start, rows, length) for tensor in (query, key, value))
+        band = _band(length, options.get("sliding_window"), causal, query.device)
+        plain = causal and length > 1 and band is None
         mixed = F.scaled_dot_product_attention(
-            q, k, v, is_causal=causal and length > 1, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=band, is_causal=plain, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
         pieces.append(mixed.transpose(1, 2).reshape(1, rows * length, *mixed.shape[1:2], mixed.shape[-1]))
     return torch.cat(pieces, dim=1), None
@@ -75,11 +79,23 @@ def _rows(tensor: Tensor, start: int, rows: int, length: int) -> Tensor:
     return run.unflatten(1, (rows, length)).transpose(0, 1)
 
 
-def _refuse(runs: Sequence[tuple[int, int, int]], options: dict[str, Any]) -> None:
-    longest = max(length for _, _, length in runs)
-    window = options.get("sliding_window")
-    if window is not None and window < longest:
-        raise ValueError(f"packed attention has no sliding window ({window} < {longest})")
+def _band(length: int, window: int | None, causal: bool, device: torch.device) -> Tensor | None:
+    """(length, length) True where a token looks: less than a window away and, if causal, not ahead.
+
+    None if the window reaches over the whole row. The model library passes the window with this meaning to every
+    attention function, for two-sided windows too (ModernBERT: half of local_attention, plus one).
+    """
+    if window is None or window >= length:
+        return None
+    bands, key = _bands.get(), (length, window, causal)
+    if key not in bands:
+        at = torch.arange(length, device=device)
+        apart = at[:, None] - at
+        bands[key] = (apart >= 0) & (apart < window) if causal else apart.abs() < window
+    return bands[key]
+
+
+def _refuse(options: dict[str, Any]) -> None:
     for name in ("softcap", "s_aux", "position_bias"):
         if options.get(name) is not None:
             raise ValueError(f"packed attention does not do {name}")

@@ -8,14 +8,13 @@ batch set the forward is the original one. Training and serving run through thes
 import functools
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from adapters_store.errors import NoSiteError, UnknownSiteError
+from adapters_store.errors import KeysError, NoSiteError, UnknownSiteError
 from adapters_store.mixing import MixedBatch
 from adapters_store.primitives import Bank, Entry, Place, primitive
 from adapters_store.primitives.norm import is_norm
@@ -43,7 +42,7 @@ class Site:
             self.entries[slot] = list(entries)
 
     def drop(self, slot: int) -> None:
-        """Forget a slot."""
+        """Forget a slot; nothing of it stays behind."""
         for bank in self.banks.values():
             bank.drop(slot)
         self.entries.pop(slot, None)
@@ -53,7 +52,7 @@ class Site:
         batch = self.owner.batch
         if batch is None or not batch.active:
             return y
-        banks = [bank for bank in self.banks.values() if not batch.active.isdisjoint(bank.slots)]
+        banks = [bank for bank in self.banks.values() if bank.serves(batch)]
         if not banks and not (self.owner.reference and self.entries):
             return y
         flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
@@ -63,7 +62,9 @@ class Site:
             )
         if self.owner.reference:
             return self._reference(flat_x, flat_y, batch).view_as(y)
-        out = flat_y.clone() if len(banks) > 1 else flat_y  # each delta is of the backbone's own output
+        # each delta is of the backbone's own output; and a module may hand on its input, which others still read
+        shares = len(banks) > 1 or flat_y.data_ptr() == flat_x.data_ptr()
+        out = flat_y.clone() if shares else flat_y
         for bank in banks:
             out = bank.add(out, flat_x, flat_y, batch)
         return out.view_as(y)
@@ -102,6 +103,7 @@ class Sites(Mapping[str, Site]):
         self.reference = False
         self._running = threading.Lock()
         self._sites: dict[str, Site] = {}
+        self._excluded: dict[str, str] = {}
         self._layers = _layers_by_name(backbone)
         self.num_layers = max(self._layers.values(), default=0) + 1
         self._swap_all()
@@ -129,36 +131,57 @@ class Sites(Mapping[str, Site]):
 
     def detach(self) -> None:
         """Give every module its own class back."""
-        for site in self._sites.values():
-            site.place.module.__class__ = type(site.place.module).__mro__[1]
-            del site.place.module.__dict__["_espalier_site"]
-        self._sites.clear()
+        for name in list(self._sites):
+            self._release(name)
+
+    def _release(self, name: str) -> None:
+        module = self._sites.pop(name).place.module
+        module.__class__ = type(module).__mro__[1]
+        del module.__dict__["_espalier_site"]
+
+    def exclude(self, name: str, reason: str) -> None:
+        """Serve no adapters at this module; the reason is told to whoever brings one."""
+        self._excluded[name] = reason
+        if name in self._sites:
+            self._release(name)
 
     def add(self, name: str) -> Site:
-        """The site of this name, attached to if it is not yet. Raises UnknownSiteError."""
+        """The site of this name; a block is attached to when first asked for. Raises UnknownSiteError."""
+        if name in self._excluded:
+            raise UnknownSiteError(f"{name!r} cannot be a site: {self._excluded[name]}")
         if name not in self._sites:
-            module = dict(self.backbone.named_modules()).get(name)
-            if module is None or name == "":
+            if name not in blocks(self.backbone):
                 some = ", ".join(list(self._sites)[:6])
-                raise UnknownSiteError(f"the backbone has no module {name!r}; it has for example {some}")
-            self._attach(name, module)
+                raise UnknownSiteError(f"the backbone has no linear layer, norm or block {name!r}; it has {some}, …")
+            self._attach(name, self.backbone.get_submodule(name))
         return self._sites[name]
 
     def check(self, entries: Sequence[Entry]) -> None:
-        """Refuse entries that do not fit this backbone. Raises UnknownSiteError, ShapeError, KeysError, UnsupportedError."""
+        """Refuse entries that do not fit. Raises UnknownSiteError, ShapeError, KeysError, UnsupportedError."""
+        seen = set()
         for entry in entries:
-            known = primitive(entry.primitive)
-            known.check(self.add(entry.site).place, entry)
+            primitive(entry.primitive).check(self.add(entry.site).place, entry)
+            if (entry.site, entry.primitive) in seen:
+                raise KeysError(f"two {entry.primitive} entries at {entry.site}: join them (low ranks concatenate)")
+            seen.add((entry.site, entry.primitive))
 
     def put(self, slot: int, entries: Sequence[Entry]) -> None:
-        """Make an adapter resident under a slot, at all its sites. Raises NoSiteError if it has none."""
+        """Make an adapter resident under a slot, at all its sites, in place of what was there.
+
+        Raises NoSiteError if it has no site. Half an adapter never stays.
+        """
         if not entries:
             raise NoSiteError("the adapter touches no site of the backbone")
         by_site: dict[str, list[Entry]] = {}
         for entry in entries:
             by_site.setdefault(entry.site, []).append(entry)
-        for name, here in by_site.items():
-            self.add(name).put(slot, here)
+        self.drop(slot)
+        try:
+            for name, here in by_site.items():
+                self.add(name).put(slot, here)
+        except BaseException:
+            self.drop(slot)
+            raise
 
     def drop(self, slot: int) -> None:
         """Forget a slot at all sites."""
@@ -196,8 +219,10 @@ def _widths(module: nn.Module, hidden_size: int) -> tuple[int, int]:
 
 
 def _layers_by_name(backbone: nn.Module) -> dict[str, int]:
-    """Depth of every module: the first number in its path; what stands before the first layer has depth 0, what stands
-    behind the last one has the last depth."""
+    """Depth of every module: the first number in its path.
+
+    What stands before the first layer has depth 0, what stands behind the last one has the last depth.
+    """
     names = [name for name, _ in backbone.named_modules()]
     depths = {name: int(found[1]) for name in names if (found := _NUMBER.search(name))}
     last, layers = 0, {}
@@ -207,7 +232,7 @@ def _layers_by_name(backbone: nn.Module) -> dict[str, int]:
     return layers
 
 
-@functools.cache
+@functools.cache  # type: ignore[arg-type]  # nn.Module's type confuses Hashable; classes are
 def _sited(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a module class whose forward goes through its site."""
 
@@ -224,6 +249,38 @@ def _sited(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
 
 
+def blocks(backbone: nn.Module) -> list[str]:
+    """Names of the backbone's blocks: what stands in its lists of layers."""
+    lists = [(name, module) for name, module in backbone.named_modules() if isinstance(module, nn.ModuleList)]
+    return [f"{name}.{i}" for name, module in lists for i in range(len(module))]
+
+
+def exclude_odd(sites: Sites, run: Callable[[], object], num_tokens: int) -> None:
+    """Exclude the modules that do not see each of the batch's tokens, by watching one forward.
+
+    Norms of single heads, tables of relative positions and experts run on something else; there, a row's mix has no
+    meaning, or another one than at training. run: a forward of num_tokens tokens without mixes.
+    """
+    modules = {name: site.place.module for name, site in sites.items()}
+    modules |= {name: sites.backbone.get_submodule(name) for name in blocks(sites.backbone)}
+    seen: dict[str, set[int]] = {name: set() for name in modules}
+    handles = [modules[name].register_forward_hook(functools.partial(_watch, seen[name])) for name in modules]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, counts in seen.items():
+        if counts != {num_tokens}:
+            what = f"runs on {sorted(counts)} vectors" if counts else "does not run"
+            sites.exclude(name, f"it {what} in a forward of {num_tokens} tokens")
+
+
+def _watch(counts: set[int], module: nn.Module, args: object, output: Any) -> None:  # noqa: ARG001  # torch's signature
+    first = output[0] if isinstance(output, tuple) else output
+    counts.add(first.numel() // first.shape[-1] if isinstance(first, Tensor) else -1)
+
+
 def slots_freed(sites: Sites) -> int:
     """How many (site, slot) pairs are filled: 0 once everything is unloaded. For tests and metrics."""
     return sum(len(bank.slots) for site in sites.values() for bank in site.banks.values())
@@ -235,6 +292,3 @@ def in_eval(backbone: nn.Module) -> nn.Module:
     for parameter in backbone.parameters():
         parameter.requires_grad_(False)
     return backbone
-
-
-__all__ = ["Site", "Sites", "in_eval", "is_linear", "slots_freed", "torch"]

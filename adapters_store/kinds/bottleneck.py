@@ -1,5 +1,6 @@
-"""bottleneck: a small MLP beside or behind a layer. delta = s * up f(down z), z the layer's input (parallel) or output
-(series).
+"""bottleneck: a small MLP beside or behind a layer: delta = s * up f(down z).
+
+z is the layer's input (parallel) or its output (series).
 
 Parameters per site: down (r, d), kaiming-uniform; up (d_out, r), zeros: identity at the start; with `bias`, biases at
 zero. r * (d + d_out) numbers per site. Choose it where low rank is not enough: it is not linear, so it cannot fold.
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from adapters_store.kinds.base import Kind, KindConfig, Parameters
 from adapters_store.primitives import Entry, Place
+from adapters_store.primitives.base import Options
 from adapters_store.roles import select
 from adapters_store.sites import Sites
 
@@ -54,7 +56,7 @@ class Bottleneck(Kind):
         """One bottleneck entry."""
         typed = _typed(config)
         source = "x" if typed.mode == "parallel" else "y"
-        options = {"activation": typed.activation, "input": source, "scale": typed.scale}
+        options: Options = {"activation": typed.activation, "input": source, "scale": typed.scale}
         return [Entry(place.name, "bottleneck", dict(parameters), options)]
 
     def num_parameters(self, place: Place, config: KindConfig) -> int:

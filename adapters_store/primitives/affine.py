@@ -37,8 +37,9 @@ class AffineBank(Bank):
         selection = batch.select(slots)
         if not len(selection.mixes):
             return out
-        weights = selection.weights(self.place.layer)  # (m, slots)
-        gain, shift = (weights @ self._table(slots)).chunk(2, dim=-1)  # (m, d) each
+        table = self._table(slots)
+        weights = selection.weights(self.place.layer).to(table.dtype)  # (m, slots)
+        gain, shift = (weights @ table).chunk(2, dim=-1)  # (m, d) each
         tokens = selection.tokens
         source = self.source(pick(x, tokens), pick(y, tokens))
         if len(selection.mixes) > 1:
@@ -50,6 +51,6 @@ class AffineBank(Bank):
         if slots in self._stacked:
             return self._stacked[slots]
         table = torch.stack([torch.cat(self.slots[slot]) for slot in slots])
-        if not table.requires_grad:
+        if not any(part.requires_grad for slot in slots for part in self.slots[slot]):  # else stale after a step
             self._stacked = {slots: table}  # the last one only: batches in a row tend to use the same adapters
         return table

@@ -60,7 +60,7 @@ class Bank(ABC):
         if self.slots.pop(slot, None) is not None:
             self.changed(slot)
 
-    def changed(self, slot: int) -> None:
+    def changed(self, slot: int) -> None:  # noqa: B027  # most banks keep no table that could fall behind
         """Called after a slot was filled or emptied."""
 
     @abstractmethod
@@ -75,9 +75,13 @@ class Bank(ABC):
         no gradients are recorded; y is not changed unless it is `out`.
         """
 
+    def serves(self, batch: MixedBatch) -> bool:
+        """True if the batch has a slot that has something here; costs the fewer of active and resident slots."""
+        return not self.slots.keys().isdisjoint(batch.active)
+
     def chosen(self, batch: MixedBatch) -> tuple[int, ...]:
         """Slots of the batch that have something here, in order."""
-        return tuple(sorted(batch.active.intersection(self.slots)))
+        return tuple(slot for slot in batch.slots.tolist() if slot in self.slots)
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,11 @@ def pick(x: Tensor, tokens: Tensor | None) -> Tensor:
     return x if tokens is None else x.index_select(0, tokens)
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is in float64: deltas are never computed in less."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 def check_names(entry: Entry, required: set[str], optional: set[str], options: set[str]) -> None:
     """Refuse missing or unknown tensors and options. Raises KeysError."""
     present = set(entry.tensors)
@@ -114,6 +123,17 @@ def check_names(entry: Entry, required: set[str], optional: set[str], options: s
     if not set(entry.options) <= options:
         unknown = sorted(set(entry.options) - options)
         raise KeysError(f"{entry.primitive} at {entry.site} has unknown options {unknown}; known: {sorted(options)}")
+    scale = entry.options.get("scale", 1.0)
+    if isinstance(scale, bool | str):
+        raise KeysError(f"{entry.primitive} at {entry.site}: scale must be a number, it is {scale!r}")
+
+
+def rank_of(entry: Entry, name: str) -> int:
+    """Rows of a matrix among the entry's tensors. Raises ShapeError if it is no matrix."""
+    shape = tuple(entry.tensors[name].shape)
+    if len(shape) != 2:
+        raise ShapeError(f"{entry.primitive}.{name} at {entry.site} must be a matrix, it has shape {shape}")
+    return shape[0]
 
 
 def check_shape(entry: Entry, name: str, expected: tuple[int, ...]) -> None:

@@ -34,15 +34,17 @@ def check(head: Head, hidden_size: int) -> None:
     """Refuse a head that does not fit its labels or the backbone. Raises KeysError, LabelsError or ShapeError."""
     names = set(head.tensors)
     if "weight" not in names or not names <= {"weight", "bias", "dense_weight", "dense_bias"}:
-        raise KeysError(f"a head has tensors weight, bias, dense_weight, dense_bias (the first is a must); it has {sorted(names)}")
+        raise KeysError(f"a head has weight and may have bias, dense_weight, dense_bias; it has {sorted(names)}")
     labels = head.spec.labels
     if len(set(labels)) != len(labels):
         raise LabelsError(f"labels must differ from each other: {list(labels)}")
     weight = head.tensors["weight"]
     if weight.ndim != 2 or weight.shape[0] != len(labels):
-        raise LabelsError(f"head.weight has shape {tuple(weight.shape)}, but there are {len(labels)} labels {list(labels)}")
+        raise LabelsError(f"head.weight has shape {tuple(weight.shape)} for {len(labels)} labels {list(labels)}")
     if "bias" in names and tuple(head.tensors["bias"].shape) != (len(labels),):
-        raise LabelsError(f"head.bias has shape {tuple(head.tensors['bias'].shape)}, but there are {len(labels)} labels")
+        raise LabelsError(f"head.bias has shape {tuple(head.tensors['bias'].shape)} for {len(labels)} labels")
+    if head.spec.type == "cosine" and "bias" in names:
+        raise KeysError("a cosine head has no bias: it would be ignored")
     _check_widths(head, hidden_size)
 
 
@@ -53,6 +55,9 @@ def _check_widths(head: Head, hidden_size: int) -> None:
     if dense is not None and (dense.ndim != 2 or dense.shape[1] != hidden_size):
         raise ShapeError(f"head.dense_weight has shape {tuple(dense.shape)}, the backbone gives {hidden_size} features")
     width = hidden_size if dense is None else dense.shape[0]
+    bias = head.tensors.get("dense_bias")
+    if bias is not None and (dense is None or tuple(bias.shape) != (width,)):
+        raise ShapeError(f"head.dense_bias has shape {tuple(bias.shape)}, it needs a dense_weight with as many rows")
     if head.tensors["weight"].shape[1] != width:
         raise ShapeError(f"head.weight has shape {tuple(head.tensors['weight'].shape)}, its input has {width} features")
 
@@ -69,7 +74,8 @@ def reference(head: Head, pooled: Tensor) -> Tensor:
 def _hidden(head: Head, pooled: Tensor) -> Tensor:
     if "dense_weight" not in head.tensors:
         return pooled
-    dense = F.linear(pooled, head.tensors["dense_weight"].float(), head.tensors.get("dense_bias"))
+    bias = head.tensors.get("dense_bias")
+    dense = F.linear(pooled, head.tensors["dense_weight"].float(), None if bias is None else bias.float())
     return ACTIVATIONS[str(head.spec.hidden_activation)](dense)
 
 
@@ -111,4 +117,4 @@ def _linear(heads: Sequence[Head], pooled: Tensor) -> list[Tensor]:
 
 def _bias(head: Head) -> Tensor:
     bias = head.tensors.get("bias")
-    return head.tensors["weight"].new_zeros(len(head.spec.labels)) if bias is None else bias.float()
+    return head.tensors["weight"].new_zeros(len(head.spec.labels)).float() if bias is None else bias.float()

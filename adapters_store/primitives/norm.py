@@ -1,8 +1,8 @@
 """norm: other affine parameters for a LayerNorm or RMSNorm: delta = (weight - weight_0) * x_hat + (bias - bias_0).
 
 x_hat is the normalised input, weight_0 and bias_0 the backbone's own. One adapter alone gives weight * x_hat + bias.
-Tensors: weight (d,), and bias (d,) where the norm has one. Source: LayerNorm tuning (Zhao et al. 2023, arXiv 2312.11420).
-Weights are in the module's own convention; for norms that compute (1 + weight) * x_hat the one cancels.
+Tensors: weight (d,), and bias (d,) where the norm has one. Source: LayerNorm tuning (Zhao et al. 2023, arXiv
+2312.11420). Weights are in the module's own convention; for norms that compute (1 + weight) * x_hat the one cancels.
 """
 
 import torch
@@ -11,13 +11,18 @@ from torch.nn import functional as F
 
 from adapters_store.errors import ShapeError
 from adapters_store.primitives.affine import AffineBank
-from adapters_store.primitives.base import Entry, Place, Primitive, check_names, check_shape
+from adapters_store.primitives.base import Entry, Place, Primitive, check_names, check_shape, wide
 
 
 def is_norm(module: nn.Module) -> bool:
     """True for LayerNorm and for the RMSNorm classes of model libraries (they share no base class)."""
-    named = type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
-    return isinstance(module, nn.LayerNorm) or (named and isinstance(getattr(module, "weight", None), Tensor))
+    named = type(module).__name__.endswith(("LayerNorm", "RMSNorm")) or isinstance(module, nn.LayerNorm)
+    return named and isinstance(getattr(module, "weight", None), Tensor)
+
+
+def _is_rms(module: nn.Module) -> bool:
+    """True if the norm leaves the mean in: RMSNorms, and T5's LayerNorm, which is one."""
+    return any(name in type(module).__name__ for name in ("RMS", "T5LayerNorm"))
 
 
 def check(place: Place, entry: Entry) -> None:
@@ -32,15 +37,14 @@ def check(place: Place, entry: Entry) -> None:
 
 def normalised(module: nn.Module, x: Tensor) -> Tensor:
     """x_hat: (tokens, d) float32, x without the module's affine part."""
-    x = x.float()
-    if "RMS" in type(module).__name__:
-        eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None) or 1e-6
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + float(eps))
-    eps = getattr(module, "eps", None) or getattr(module, "variance_epsilon", None) or 1e-5
-    return F.layer_norm(x, x.shape[-1:], eps=float(eps))
+    x = wide(x)
+    eps = getattr(module, "eps", None) or getattr(module, "variance_epsilon", None)
+    if not _is_rms(module):
+        return F.layer_norm(x, x.shape[-1:], eps=float(eps or 1e-5))
+    return F.rms_norm(x, x.shape[-1:], eps=float(eps or torch.finfo(module.weight.dtype).eps))  # type: ignore[arg-type, union-attr]
 
 
-def delta(place: Place, entry: Entry, x: Tensor, y: Tensor) -> Tensor:
+def delta(place: Place, entry: Entry, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001  # one signature for all
     """(weight - weight_0) * x_hat + (bias - bias_0). x: (tokens, d); returns (tokens, d) float32."""
     gain, shift = _parts(place.module, entry)
     return gain * normalised(place.module, x) + shift
@@ -48,11 +52,12 @@ def delta(place: Place, entry: Entry, x: Tensor, y: Tensor) -> Tensor:
 
 def _parts(module: nn.Module, entry: Entry) -> tuple[Tensor, Tensor]:
     own_weight: Tensor = module.weight  # type: ignore[assignment]  # nn.Module types attributes loosely
-    gain = entry.tensors["weight"].float() - own_weight.detach().float().to(entry.tensors["weight"].device)
+    weight = wide(entry.tensors["weight"])
+    gain = weight - own_weight.detach().to(weight.device, weight.dtype)
     if "bias" not in entry.tensors:
         return gain, torch.zeros_like(gain)
     own_bias: Tensor = module.bias  # type: ignore[assignment]
-    return gain, entry.tensors["bias"].float() - own_bias.detach().float().to(gain.device)
+    return gain, wide(entry.tensors["bias"]) - own_bias.detach().to(gain.device, gain.dtype)
 
 
 class NormBank(AffineBank):

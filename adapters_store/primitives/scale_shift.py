@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adapters_store.errors import KeysError
 from adapters_store.primitives.affine import AffineBank
-from adapters_store.primitives.base import Entry, Place, Primitive, check_names, check_shape
+from adapters_store.primitives.base import Entry, Place, Primitive, check_names, check_shape, wide
 
 
 def check(place: Place, entry: Entry) -> None:
@@ -21,17 +21,17 @@ def check(place: Place, entry: Entry) -> None:
         check_shape(entry, name, (place.d_out,))
 
 
-def delta(place: Place, entry: Entry, x: Tensor, y: Tensor) -> Tensor:
+def delta(place: Place, entry: Entry, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001  # one signature for all
     """(scale - 1) * y + shift. y: (tokens, d_out); returns (tokens, d_out) float32."""
     gain, shift = _parts(entry)
-    return gain * y.float() + shift
+    return gain * wide(y) + shift
 
 
 def _parts(entry: Entry) -> tuple[Tensor, Tensor]:
-    some = next(iter(entry.tensors.values())).float()
+    some = wide(next(iter(entry.tensors.values())))
     scale, shift = entry.tensors.get("scale"), entry.tensors.get("shift")
-    gain = torch.zeros_like(some) if scale is None else scale.float() - 1
-    return gain, torch.zeros_like(some) if shift is None else shift.float()
+    gain = torch.zeros_like(some) if scale is None else wide(scale) - 1
+    return gain, torch.zeros_like(some) if shift is None else wide(shift)
 
 
 class ScaleShiftBank(AffineBank):
@@ -44,7 +44,7 @@ class ScaleShiftBank(AffineBank):
 
     def source(self, x: Tensor, y: Tensor) -> Tensor:
         """The output itself."""
-        return y.float()
+        return wide(y)
 
 
 PRIMITIVE = Primitive("scale_shift", check, delta, ScaleShiftBank)

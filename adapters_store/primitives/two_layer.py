@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from adapters_store.mixing import Selection
+from adapters_store.primitives.base import wide
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -50,15 +51,14 @@ def dense(x: Tensor, pairs: Sequence[Pair], selection: Selection, layer: int, f:
 def fold(x: Tensor, pairs: Sequence[Pair], selection: Selection, layer: int, f: Activation | None) -> Tensor:
     """The same as dense, by one folded pair per mix."""
     weights = selection.weights(layer)
-    used = [[i for i in range(len(pairs)) if i in chosen] for chosen in _used(weights)]
-    A = pad_sequence([torch.cat([pairs[i].A for i in row]) for row in used], batch_first=True).to(x.dtype)  # (m, R, d_in)
-    B = pad_sequence(
-        [torch.cat([pairs[i].B.mT * weights[m, i] for i in row]) for m, row in enumerate(used)], batch_first=True
-    ).to(x.dtype)  # (m, R, d_out)
-    biases = [_cat_bias([pairs[i] for i in row]) for row in used]
-    bias = pad_sequence(biases, batch_first=True)[:, None] if biases[0] is not None else None  # type: ignore[arg-type]
+    used = _used(weights, selection)
+    A = _stack([torch.cat([pairs[i].A for i in row]) for row in used]).to(x.dtype)  # (m, R, d_in)
+    scaled = [torch.cat([pairs[i].B.mT * weights[m, i] for i in row]) for m, row in enumerate(used)]
+    B = _stack(scaled).to(x.dtype)  # (m, R, d_out)
+    a = _cat_bias(pairs)
+    bias = None if a is None else _stack([_pieces(a, pairs, row) for row in used])[:, None]  # (m, 1, R)
     if len(used) == 1:
-        delta = _activate(x @ A[0].mT, None if bias is None else bias[0, 0], f) @ B[0]
+        delta = _activate(x @ A[0].mT, None if bias is None else bias[0], f) @ B[0]
     else:
         index, place = selection.groups
         hidden = _activate(torch.bmm(x[index], A.mT), bias, f)  # (m, longest, R)
@@ -66,9 +66,24 @@ def fold(x: Tensor, pairs: Sequence[Pair], selection: Selection, layer: int, f: 
     return _add_bias(delta, pairs, weights, selection)
 
 
-def _used(weights: Tensor) -> list[set[int]]:
-    """For each mix the slots that it gives any weight; at least one, so that shapes stay regular."""
-    return [set(row.nonzero().flatten().tolist()) or {0} for row in weights.detach().cpu()]
+def _used(weights: Tensor, selection: Selection) -> list[list[int]]:
+    """For each mix the adapters to fold: all of its own if the weights are learned (a gradient flows into zeros too),
+    else those with any weight at this layer; at least one, so that shapes stay regular."""
+    if weights.requires_grad:
+        return selection.members
+    return [row.nonzero().flatten().tolist() or [0] for row in weights.cpu()]
+
+
+def _stack(pieces: list[Tensor]) -> Tensor:
+    """Pieces of different lengths as one tensor, padded with zeros."""
+    stacked: Tensor = pad_sequence(pieces, batch_first=True)
+    return stacked
+
+
+def _pieces(bias: Tensor, pairs: Sequence[Pair], row: Sequence[int]) -> Tensor:
+    """The parts of all adapters' concatenated bias that belong to these."""
+    parts = bias.split([pair.rank for pair in pairs])
+    return torch.cat([parts[i] for i in row])
 
 
 def _activate(hidden: Tensor, bias: Tensor | None, f: Activation | None) -> Tensor:
@@ -87,7 +102,7 @@ def _add_bias(delta: Tensor, pairs: Sequence[Pair], weights: Tensor, selection: 
     if all(pair.b is None for pair in pairs):
         return delta
     bias = torch.stack([delta.new_zeros(delta.shape[-1]) if pair.b is None else pair.b for pair in pairs])
-    return delta + _by_token((weights @ bias.float()).to(delta.dtype), selection)
+    return delta + _by_token((weights.to(wide(bias).dtype) @ wide(bias)).to(delta.dtype), selection)
 
 
 def _by_token(table: Tensor, selection: Selection) -> Tensor:

@@ -1,0 +1,49 @@
+"""The ASGI application: routes over one Service."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+
+from fastapi import FastAPI
+from fastapi.staticfiles import StaticFiles
+
+from server import replies
+from server.config import Settings
+from server.edge import Edge
+from server.replies import DOCUMENTED
+from server.routes import adapters, graph, health, infer, openai
+from server.security import Keys
+from server.service import Service
+
+MAX_BODY_BYTES = 16 * 2**20  # of a JSON body; uploads and graphs have their own limits
+
+
+def make_app(service: Service) -> FastAPI:
+    """The application of a service, which starts and stops with it. Raises ValueError for an unusable key file."""
+    settings: Settings = service.settings
+    keys = Keys.read(settings.api_keys)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        yield
+        await service.stop()
+
+    app = FastAPI(
+        title="Espalier", summary="Many task adapters, composed by a relation graph, on one backbone",
+        version=_version(), lifespan=lifespan, max_body_size=MAX_BODY_BYTES, responses=DOCUMENTED, redoc_url=None,
+    )  # fmt: skip
+    app.state.service = service
+    for router in (infer.router, adapters.make_router(settings.max_upload_mb), graph.router, openai.router, health.router):
+        app.include_router(router)
+    app.mount("/console", StaticFiles(directory=health.CONSOLE), name="console")
+    replies.install(app)
+    app.add_middleware(Edge, keys=keys, metrics=service.metrics)
+    return app
+
+
+def _version() -> str:
+    try:
+        return version("espalier")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "0"

@@ -1,0 +1,203 @@
+"""One call, from its inputs to its outputs: compose, tokenize, lease, run, label."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from adapters_store.composition import Overrides
+from adapters_store.errors import EspalierError, InvalidCompositionError
+from adapters_store.manifest import HeadSpec
+from adapters_store.mixing import Mix
+from server.compose import Ask, Composed
+from server.engine import Row
+from server.errors import BadInputError, ForbiddenError
+from server.residency import Lease
+from server.scheduler import Answer
+from server.schemas import InferRequest, Input, Options, Weight
+from server.service import Service
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """One row of a call: a text under one composition."""
+
+    text: str
+    composed: Composed
+    pooling: str
+    max_length: int | None
+    ids: Sequence[int] | None = None  # tokens that the client brought itself
+
+
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """A call's answers, row by row, and its costs."""
+
+    answers: list[Answer]
+    tokens: int
+
+
+async def infer(service: Service, request: InferRequest, allowed: frozenset[str] | None) -> dict[str, Any]:
+    """The reply to `POST /v1/infer`, without its id."""
+    asked = rows_of(service, request, allowed)
+    answered = await run(service, asked)
+    explain = request.options.explain
+    outputs = [_output(row, answer, explain) for row, answer in zip(asked, answered.answers, strict=True)]
+    return {
+        "backbone": service.backbone.name,
+        "outputs": outputs,
+        "usage": {"input_tokens": answered.tokens},
+        "timing": {
+            "queue_ms": round(1e3 * max(a.queue_s for a in answered.answers), 3),
+            "forward_ms": round(1e3 * max(a.forward_s for a in answered.answers), 3),
+        },
+    }
+
+
+def rows_of(service: Service, request: InferRequest, allowed: frozenset[str] | None) -> list[Asked]:
+    """The rows of a call, fan-out included, in order. Errors carry the index of their input."""
+    rows = []
+    for index, one in enumerate(request.inputs):
+        try:
+            rows += [_asked(service, one, ask, allowed) for ask in asks_of(one, request.options)]
+        except EspalierError as error:
+            error.index = index  # type: ignore[attr-defined]  # the edge puts it into the problem
+            raise
+        if len(rows) > service.settings.max_inputs:
+            raise BadInputError(f"the call has more than {service.settings.max_inputs} rows (--max-inputs); split it")
+    return rows
+
+
+def asks_of(one: Input, options: Options) -> list[Ask]:
+    """The questions of one input: one, or one per task."""
+    mode = options.mode
+    if one.adapters is not None and mode not in (None, "explicit", "none"):
+        raise InvalidCompositionError(f"'adapters' gives explicit weights; mode {mode!r} cannot go with it")
+    overrides = Overrides(options.temperature, options.threshold, options.top_k)
+    if one.adapters is not None:
+        weights = tuple((ref, freeze(weight)) for ref, weight in one.adapters.items())
+        return [Ask(mode or "explicit", adapters=weights if mode != "none" else (), head=one.head)]
+    if one.mix is not None:
+        return [Ask(mode or "prior", mix=tuple(one.mix.items()), head=one.head, overrides=overrides)]
+    return [Ask(mode or "prior", task, head=one.head, overrides=overrides) for task in one.tasks or [str(one.task)]]
+
+
+def freeze(weight: Weight) -> float | tuple[float, ...]:
+    """A weight that can be hashed."""
+    return tuple(weight) if isinstance(weight, list) else weight
+
+
+def _asked(service: Service, one: Input, ask: Ask, allowed: frozenset[str] | None) -> Asked:
+    composed = service.composer.compose(ask, service.catalog)
+    check_allowed(composed, allowed)
+    assert composed.head is not None, "our bug: a classifying row without a head"
+    head: HeadSpec | None = composed.head.head
+    assert head is not None, "our bug: compose() returned a head that is none"
+    return Asked(one.text, composed, head.pooling, head.max_length)
+
+
+def check_allowed(composed: Composed, allowed: frozenset[str] | None) -> None:
+    """Refuse what a key's list of tasks does not cover: the answering head, and adapters asked for by name."""
+    if allowed is None:
+        return
+    used = {composed.head.task} if composed.head else set()
+    if composed.mode == "explicit" or composed.head is None:
+        used |= {manifest.task for manifest, _ in composed.parts}
+    if not used <= allowed:
+        raise ForbiddenError(f"this key may not use task {', '.join(sorted(used - allowed))}")
+
+
+async def run(service: Service, asked: Sequence[Asked]) -> Answered:
+    """Answers of rows; those that fit on the device together run together."""
+    ids = await _tokenize(service, asked)
+    answers: list[Answer] = []
+    for start, end in _spans(asked, service.settings.slots):
+        answers += await _run_span(service, asked[start:end], ids[start:end])
+    return Answered(answers, sum(map(len, ids)))
+
+
+async def _tokenize(service: Service, asked: Sequence[Asked]) -> list[Sequence[int]]:
+    texts = [row.text for row in asked if row.ids is None]
+    limits = [row.max_length for row in asked if row.ids is None]
+    if not texts:
+        return [row.ids or () for row in asked]
+    if sum(map(len, texts)) < 20_000:  # a short call is tokenized faster than handed to a thread
+        found = iter(service.backbone.tokenize(texts, limits))
+    else:
+        found = iter(await service.work(lambda: service.backbone.tokenize(texts, limits)))
+    return [row.ids if row.ids is not None else next(found) for row in asked]
+
+
+def _spans(asked: Sequence[Asked], num_slots: int) -> list[tuple[int, int]]:
+    """Consecutive rows whose adapters fit into the slots at once; one span unless slots are few."""
+    spans, start = [], 0
+    needed: set[str] = set()
+    for index, row in enumerate(asked):
+        mine = {manifest.digest for manifest in row.composed.manifests if manifest.sites}
+        if index > start and len(needed | mine) > num_slots:
+            spans.append((start, index))
+            start, needed = index, set()
+        needed |= mine
+    return [*spans, (start, len(asked))]
+
+
+async def _run_span(service: Service, asked: Sequence[Asked], ids: Sequence[Sequence[int]]) -> list[Answer]:
+    manifests = {manifest.digest: manifest for row in asked for manifest in row.composed.manifests}
+    lease = await service.residency.lease(list(manifests.values()))
+    try:
+        mixes: dict[int, Mix | None] = {}
+        rows = []
+        for row, tokens in zip(asked, ids, strict=True):
+            key = id(row.composed)
+            if key not in mixes:
+                mixes[key] = mix_of(row.composed, lease)
+                _count(service, row.composed)
+            rows.append(Row(tokens, mixes[key], row.pooling, lease.head(row.composed.head)))
+        return await service.scheduler.submit(rows)
+    finally:
+        service.residency.release(lease)
+
+
+def mix_of(composed: Composed, lease: Lease) -> Mix | None:
+    """The composition as slots and weights; None for the bare backbone."""
+    pairs = [(slot, weights) for m, weights in composed.parts if (slot := lease.slot(m)) is not None]
+    if not pairs:
+        return None
+    return Mix(tuple(slot for slot, _ in pairs), np.stack([weights for _, weights in pairs]))
+
+
+def _count(service: Service, composed: Composed) -> None:
+    service.metrics.width.observe(len(composed.parts))
+    for manifest, _ in composed.parts:
+        service.metrics.adapter_rows.labels(service.metrics.adapter_label(manifest.name)).inc()
+
+
+def _output(row: Asked, answer: Answer, explain: bool) -> dict[str, Any]:
+    """Label, score and scores of one row, and the composition that gave them."""
+    manifest = row.composed.head
+    assert manifest is not None, "our bug: a classifying row without a head"
+    assert manifest.head is not None, "our bug: compose() returned a head that is none"
+    scores = softmax(answer.values)
+    best = int(np.argmax(scores))
+    labels = manifest.head.labels
+    return {
+        "task": manifest.task,
+        "label": labels[best],
+        "score": scores[best],
+        "scores": dict(zip(labels, scores, strict=True)),
+        "composition": row.composed.explained if explain else row.composed.brief,
+    }
+
+
+def softmax(logits: Sequence[float]) -> list[float]:
+    """Shares that sum to 1, rounded to 6 digits for the wire."""
+    raised = np.exp(np.asarray(logits) - max(logits))
+    return [round(share, 6) for share in (raised / raised.sum()).tolist()]
+
+
+def explain(service: Service, request: InferRequest, allowed: frozenset[str] | None) -> dict[str, Any]:
+    """The reply to `POST /v1/explain`: the compositions, without running them."""
+    asked = rows_of(service, request, allowed)
+    outputs = [{"task": row.composed.task, "composition": row.composed.explained} for row in asked]
+    return {"backbone": service.backbone.name, "num_layers": service.composer.num_layers, "outputs": outputs}

@@ -1,0 +1,95 @@
+"""How answers and errors leave: JSON, problem documents, OpenAI's errors; and how a client that leaves is noticed."""
+
+import asyncio
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic_core import to_json
+from starlette.exceptions import HTTPException
+
+from adapters_store.errors import EspalierError
+from server.edge import is_openai
+from server.errors import OverloadedError, openai_error, problem, status_of
+
+Result = TypeVar("Result")
+_CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type"}
+DOCUMENTED: dict[int | str, dict[str, Any]] = {
+    status: {"description": text, "content": {"application/problem+json": {}}}
+    for status, text in {
+        400: "the body is no JSON", 401: "no key, or an unknown one", 403: "the key may not do this",
+        404: "unknown task, adapter or version", 409: "somebody else was first", 412: "If-Match names another version",
+        413: "too large", 415: "not JSON", 422: "cannot be processed; `code` says why", 429: "the queue is full",
+        500: "our fault", 503: "starting or stopping",
+    }.items()
+}  # fmt: skip
+
+
+def reply(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON response."""
+    return Response(to_json(content), status, headers, "application/json")
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """What work gives; it is cancelled as soon as the client leaves, and nobody reads the 499 that comes then."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise HTTPException(499, "the client left")
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def install(app: FastAPI) -> None:
+    """Errors of every sort become one of the two documents."""
+    app.add_exception_handler(EspalierError, _on_known)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(Exception, _on_unforeseen)
+
+
+def _error(request: Request, status: int, code: str, detail: str, headers: Mapping[str, str] | None = None, **extra: Any) -> Response:
+    if is_openai(request.url.path):
+        status = 400 if status == 422 else status  # OpenAI's clients know no 422
+        return reply(openai_error(status, code, detail, extra.get("param")), status, headers)
+    document = problem(status, code, detail, request.state.request_id, **extra)
+    return Response(to_json(document), status, headers, "application/problem+json")
+
+
+async def _on_known(request: Request, error: Exception) -> Response:
+    assert isinstance(error, EspalierError), "our bug: registered for EspalierError"
+    headers = {"retry-after": str(error.retry_after_s)} if isinstance(error, OverloadedError) else None
+    extra = {"index": error.index} if hasattr(error, "index") else {}
+    return _error(request, status_of(error), error.code, str(error), headers, **extra)
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError), "our bug: registered for RequestValidationError"
+    first = error.errors()[0]
+    where = [part for part in first["loc"] if part != "body"]
+    if first["type"] == "json_invalid":
+        return _error(request, 400, "bad_json", f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    detail = f"{'.'.join(map(str, where)) or 'body'}: {first['msg'].removeprefix('Value error, ')}"
+    index = where[1] if len(where) > 1 and where[0] == "inputs" and isinstance(where[1], int) else None
+    extra = {} if index is None else {"index": index}
+    return _error(request, 422, "invalid_request", detail, param=".".join(map(str, where)), **extra)
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException), "our bug: registered for HTTPException"
+    code = _CODES.get(error.status_code, "http_error")
+    return _error(request, error.status_code, code, str(error.detail), error.headers)
+
+
+async def _on_unforeseen(request: Request, error: Exception) -> Response:
+    return _error(request, 500, "internal", "an error that the server did not foresee; its log has the request id")

@@ -1,0 +1,263 @@
+"""Adapters on the device: slots, who holds them, who may be evicted.
+
+A lease holds the versions of one call from admission to answer; what is leased is never evicted. A lease is had all or
+nothing, in order of asking, so calls cannot block each other half-way. Versions are known by content digest: two names
+for one content share a slot, and a new version never meets an old one's. All methods run on the event loop's thread.
+"""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from adapters_store.adapter import Adapter
+from adapters_store.errors import EspalierError
+from adapters_store.manifest import Manifest
+from adapters_store.primitives.head import Head
+from adapters_store.sites import Sites
+from server.engine import Engine
+from server.errors import TooManyAdaptersError
+from server.metrics import Metrics
+
+
+@dataclass(eq=False)
+class Resident:
+    """One adapter version on the device. slot None: it has no sites, only a head."""
+
+    manifest: Manifest
+    slot: int | None
+    ready: "asyncio.Future[None]"
+    head: Head | None = None
+    holders: int = 0
+    retired: bool = False
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(frozen=True, eq=False)
+class Lease:
+    """Versions that stay on the device until released."""
+
+    residents: dict[str, Resident]
+
+    def slot(self, manifest: Manifest) -> int | None:
+        """Slot of a leased version."""
+        return self.residents[manifest.digest].slot
+
+    def head(self, manifest: Manifest | None) -> Head | None:
+        """Head of a leased version."""
+        return self.residents[manifest.digest].head if manifest else None
+
+
+class Residency:
+    """The slots of one engine."""
+
+    def __init__(
+        self, engine: Engine, load: Callable[[Manifest], Adapter], metrics: Metrics, *, num_slots: int, cache_bytes: int
+    ) -> None:
+        """load: reads and checks an adapter, off the event loop and off the engine's thread."""
+        self._engine = engine
+        self._sites: Sites = engine.encoder.sites
+        self._load = load
+        self._metrics = metrics
+        self.num_slots = num_slots
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._residents: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
+        self._order = asyncio.Lock()  # held by the lease that waits for slots; later ones queue behind it
+        self._released = asyncio.Event()
+        self._loader = ThreadPoolExecutor(2, thread_name_prefix="loader")
+        self._cache = HostCache(cache_bytes)
+        self.waiting: set[str] = set()
+
+    async def lease(self, manifests: Sequence[Manifest]) -> Lease:
+        """Hold these versions, loading those that are not resident.
+
+        Raises TooManyAdaptersError if they can never fit, or what loading raises; nothing stays held then.
+        """
+        if not self._order.locked() and all(m.digest in self._residents for m in manifests):
+            held = [self._hold(m) for m in manifests]
+        else:
+            held = await self._hold_all(manifests)
+        try:
+            for resident in held:
+                if not resident.ready.done():
+                    await asyncio.shield(resident.ready)
+                resident.ready.result()
+        except BaseException:
+            self._release(held)
+            raise
+        return Lease({resident.manifest.digest: resident for resident in held})
+
+    def release(self, lease: Lease) -> None:
+        """Let go of a lease."""
+        self._release(lease.residents.values())
+
+    async def _hold_all(self, manifests: Sequence[Manifest]) -> list[Resident]:
+        needed = sum(1 for m in manifests if m.sites)
+        if needed > self.num_slots:
+            raise TooManyAdaptersError(f"one call needs {needed} adapters at once, the device has {self.num_slots} slots (--slots)")
+        names = {m.name for m in manifests if m.digest not in self._residents}
+        self.waiting |= names
+        try:
+            async with self._order:
+                while not self._make_room(manifests):
+                    self._released.clear()
+                    await self._released.wait()
+                return [self._hold(m) for m in manifests]
+        finally:
+            self.waiting -= names
+
+    def _make_room(self, manifests: Sequence[Manifest]) -> bool:
+        """True once there are free slots for all that are missing; evicts what nobody holds, oldest first."""
+        wanted = {m.digest for m in manifests}
+        missing = sum(1 for m in manifests if m.sites and m.digest not in self._residents)
+        idle = [r for d, r in self._residents.items() if r.holders == 0 and r.slot is not None and r.ready.done() and d not in wanted]
+        if len(self._free) + len(idle) < missing:
+            return False
+        for resident in idle[: max(0, missing - len(self._free))]:
+            self._metrics.evictions.inc()
+            self._retire(resident)
+        return True
+
+    def _hold(self, manifest: Manifest) -> Resident:
+        """One more holder of a version; starts loading it if it is not resident."""
+        resident = self._residents.get(manifest.digest)
+        if resident is None:
+            slot = self._free.pop() if manifest.sites else None
+            resident = Resident(manifest, slot, asyncio.get_running_loop().create_future())
+            self._residents[manifest.digest] = resident
+            task = asyncio.create_task(self._bring(resident))
+            task.add_done_callback(lambda done: done.exception())  # told through `ready`
+            self._count()
+        self._residents.move_to_end(manifest.digest)
+        resident.holders += 1
+        return resident
+
+    async def _bring(self, resident: Resident) -> None:
+        """Disk or RAM to device."""
+        start = time.perf_counter()
+        try:
+            adapter = await self._fetch(resident.manifest)
+            resident.head = adapter.head.to(self._sites.device) if adapter.head else None
+            slot = resident.slot
+            if slot is not None:
+                await self._engine.run(lambda: self._sites.put(slot, adapter.entries))
+        except Exception as error:  # noqa: BLE001  # whatever it was, those who wait must hear it
+            code = error.code if isinstance(error, EspalierError) else "internal"
+            self._metrics.load_failures.labels(code).inc()
+            resident.ready.set_exception(error)
+            resident.ready.exception()  # seen, even if nobody waits any more
+            self._retire(resident)
+            return
+        self._metrics.loads.inc()
+        self._metrics.load_seconds.observe(time.perf_counter() - start)
+        resident.ready.set_result(None)
+        if resident.retired and resident.holders == 0:
+            self._empty(resident)
+
+    async def _fetch(self, manifest: Manifest) -> Adapter:
+        cached = self._cache.get(manifest.digest)
+        if cached is not None:
+            return cached
+        adapter = await asyncio.get_running_loop().run_in_executor(self._loader, self._load, manifest)
+        self._cache.put(manifest.digest, adapter, manifest.size_bytes)
+        return adapter
+
+    def _release(self, residents: Iterable[Resident]) -> None:
+        for resident in residents:
+            resident.holders -= 1
+            if resident.retired and resident.holders == 0:
+                self._empty(resident)
+        self._released.set()
+
+    def _retire(self, resident: Resident) -> None:
+        """Nobody new gets it; its slot is freed once the last holder lets go."""
+        if self._residents.get(resident.manifest.digest) is resident:
+            del self._residents[resident.manifest.digest]
+        resident.retired = True
+        if resident.holders == 0:
+            self._empty(resident)
+
+    def _empty(self, resident: Resident) -> None:
+        """Free the slot; while the adapter is still being brought, that is left to `_bring`."""
+        if resident.gone.is_set() or not resident.ready.done():
+            return
+        slot = resident.slot
+        if slot is not None:
+            # The engine's queue keeps the order: this drop runs before any later put into the slot.
+            asyncio.ensure_future(self._engine.run(lambda: self._sites.drop(slot)))  # noqa: RUF006
+            self._free.append(slot)
+        resident.gone.set()
+        self._released.set()
+        self._count()
+
+    async def unload(self, manifests: Sequence[Manifest], timeout_s: float) -> list[Manifest]:
+        """Take versions off the device once their holders are done. Returns those that are off by then."""
+        found = [r for m in manifests if (r := self._residents.get(m.digest)) is not None]
+        for resident in found:
+            self._cache.drop(resident.manifest.digest)
+            self._retire(resident)
+        waits = [asyncio.create_task(resident.gone.wait()) for resident in found]
+        if waits:
+            await asyncio.wait(waits, timeout=timeout_s)
+        for wait in waits:
+            wait.cancel()
+        return [resident.manifest for resident in found if resident.gone.is_set()]
+
+    def state(self, manifest: Manifest) -> str:
+        """`device`, `loading`, `host` or `store`: where a version is now."""
+        resident = self._residents.get(manifest.digest)
+        if resident is not None:
+            return "device" if resident.ready.done() else "loading"
+        return "host" if self._cache.get(manifest.digest) is not None else "store"
+
+    @property
+    def running(self) -> set[str]:
+        """Names of adapters that some call holds."""
+        return {r.manifest.name for r in self._residents.values() if r.holders}
+
+    @property
+    def num_held(self) -> int:
+        """Holders of all residents: 0 when nothing is in flight."""
+        return sum(r.holders for r in self._residents.values())
+
+    def _count(self) -> None:
+        self._metrics.resident.labels("device").set(len(self._residents))
+        self._metrics.resident.labels("host").set(len(self._cache))
+
+    def close(self) -> None:
+        """Stop the loader threads."""
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+
+class HostCache:
+    """Adapters in RAM behind the device, least recently used out first, bounded in bytes."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._kept: OrderedDict[str, tuple[Adapter, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, digest: str) -> Adapter | None:
+        """The adapter, if it is here."""
+        if digest not in self._kept:
+            return None
+        self._kept.move_to_end(digest)
+        return self._kept[digest][0]
+
+    def put(self, digest: str, adapter: Adapter, size_bytes: int) -> None:
+        """Keep an adapter, and let go of the oldest ones beyond the bound."""
+        self.drop(digest)
+        self._kept[digest] = (adapter, size_bytes)
+        self._bytes += size_bytes
+        while self._bytes > self._max_bytes and self._kept:
+            self.drop(next(iter(self._kept)))
+
+    def drop(self, digest: str) -> None:
+        """Let go of an adapter."""
+        if digest in self._kept:
+            self._bytes -= self._kept.pop(digest)[1]

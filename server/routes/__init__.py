@@ -1,0 +1,27 @@
+"""The HTTP endpoints, by subject. Routes translate; what they call does the work and raises; nothing is caught here."""
+
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from server.service import Service
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def _allowed_tasks(request: Request) -> frozenset[str] | None:
+    tasks: frozenset[str] | None = request.state.key.tasks
+    return tasks
+
+
+def _actor(request: Request) -> str:
+    name: str = request.state.key.name
+    return name
+
+
+ServiceDep = Annotated[Service, Depends(_service)]
+AllowedDep = Annotated[frozenset[str] | None, Depends(_allowed_tasks)]
+ActorDep = Annotated[str, Depends(_actor)]

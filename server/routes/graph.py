@@ -1,0 +1,52 @@
+"""`/v1/graph`: read, replace (If-Match), versions."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Response
+
+from adapters_store.errors import ConflictError, GraphNotFoundError
+from adapters_store.graph import RelationGraph
+from server.errors import PreconditionError
+from server.replies import reply
+from server.routes import ActorDep, ServiceDep
+from server.schemas import GraphBody
+
+MAX_GRAPH_BYTES = 256 * 2**20  # 10,000 tasks with 50 edges each take about 50 MB
+router = APIRouter(tags=["graph"])
+
+
+@router.get("/v1/graph", summary="The relation graph as node-link JSON")
+async def graph(service: ServiceDep, version: int | None = None) -> Response:
+    """ETag is the version; older ones with `?version=`."""
+    if version is not None and version != service.catalog.graph_version:
+        number, document = await service.work(lambda: service.store.graph(version))
+        return reply(document, headers={"etag": f'"{number}"'})
+    if service.catalog.graph is None:
+        raise GraphNotFoundError("the store has no relation graph yet; PUT /v1/graph or run `espalier-train relate`")
+    found = service.catalog.graph
+    return reply(await service.work(found.to_json), headers={"etag": f'"{service.catalog.graph_version}"'})
+
+
+@router.put("/v1/graph", summary="Replace the relation graph", max_body_size=MAX_GRAPH_BYTES)
+async def replace(
+    body: GraphBody, service: ServiceDep, actor: ActorDep, if_match: Annotated[str | None, Header()] = None
+) -> Response:
+    """Checked, published as a new version, and served from the next request on. If-Match: the version you edited."""
+    current = service.catalog.graph_version
+    if if_match is not None and if_match.strip() not in ("*", f'"{current}"', str(current)):
+        raise PreconditionError(f"the graph is at version {current}, If-Match says {if_match}; fetch it and edit again")
+    document: dict[str, Any] = await service.work(lambda: RelationGraph.from_json(body).to_json())
+    expected = current if if_match is not None else None
+    try:
+        number = await service.work(lambda: service.store.publish_graph(document, None, actor, expected))
+    except ConflictError as error:
+        raise PreconditionError(f"another graph was published meanwhile: {error}") from error
+    await service.refresh()
+    counts = {"num_tasks": len(document["nodes"]), "num_edges": len(document["edges"])}
+    return reply({"version": number} | counts, headers={"etag": f'"{number}"'})
+
+
+@router.get("/v1/graph/versions", summary="Versions of the graph")
+async def versions(service: ServiceDep) -> Response:
+    """All of them, and the one that serves."""
+    return reply({"versions": await service.work(service.store.graph_versions), "current": service.catalog.graph_version})

@@ -1,0 +1,51 @@
+"""`/health`, `/ready`, `/metrics`, and the console at `/`."""
+
+from pathlib import Path
+
+from fastapi import APIRouter, Response
+from fastapi.responses import FileResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from server.replies import reply
+from server.routes import ServiceDep
+
+router = APIRouter(tags=["operations"])
+CONSOLE = Path(__file__).parents[1] / "console"
+
+
+@router.get("/health", summary="The process is alive")
+async def health() -> Response:
+    """Always 200."""
+    return reply({"status": "ok"})
+
+
+@router.get("/ready", summary="The backbone is loaded and its adapters are proved")
+async def ready(service: ServiceDep) -> Response:
+    """503 while starting or draining; tells which operator path serves and which adapters were refused."""
+    encoder = service.backbone.encoder
+    facts = {
+        "ready": service.unready is None,
+        "reason": service.unready,
+        "backbone": service.backbone.name,
+        "dtype": service.settings.dtype,
+        "device": str(encoder.device),
+        "forward": "packed" if encoder.is_packed else "padded",
+        "operator_path": service.operator_path,
+        "adapters": len(service.catalog.manifests),
+        "tasks": len(service.catalog.tasks),
+        "graph_version": service.catalog.graph_version,
+        "refused": service.problems,
+    }
+    return reply(facts, 200 if service.unready is None else 503)
+
+
+@router.get("/metrics", summary="Prometheus metrics")
+async def metrics(service: ServiceDep) -> Response:
+    """All names begin with espalier_."""
+    return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/", include_in_schema=False)
+async def console() -> Response:
+    """A page to look at tasks, adapters and the graph, and to try a text."""
+    return FileResponse(CONSOLE / "index.html")

@@ -1,0 +1,119 @@
+"""OpenAI's endpoints that need no generation: `/v1/models`, `/v1/embeddings`."""
+
+import base64
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+
+from adapters_store.composition import Overrides
+from adapters_store.errors import AdapterNotFoundError, TaskNotFoundError
+from server import inference
+from server.compose import Ask
+from server.errors import BadInputError
+from server.inference import Asked
+from server.replies import reply, unless_gone
+from server.routes import AllowedDep, ServiceDep
+from server.schemas import EmbeddingOptions, EmbeddingRequest
+from server.service import Service
+
+router = APIRouter(tags=["openai"])
+
+
+@router.get("/v1/models", summary="The backbone, the tasks and the adapters")
+async def models(service: ServiceDep) -> Response:
+    """What `model` may name."""
+    return reply({"object": "list", "data": [_model(service, name) for name in _names(service)]})
+
+
+@router.get("/v1/models/{name:path}", summary="One model")
+async def model(name: str, service: ServiceDep) -> Response:
+    """The backbone, a task, or an adapter reference such as `books@3`."""
+    if name not in _names(service):
+        service.catalog.resolve(name)
+    return reply(_model(service, name))
+
+
+@router.post("/v1/embeddings", summary="Pooled hidden states, under a task's composition")
+async def embeddings(body: EmbeddingRequest, request: Request, service: ServiceDep, allowed: AllowedDep) -> Response:
+    """`model`: the backbone (no adapters), a task (its composition), or an adapter reference (that one alone)."""
+    asked = _rows(service, body, allowed)
+    answered = await unless_gone(request, inference.run(service, asked))
+    data = [
+        {"object": "embedding", "index": i, "embedding": _encoded(answer.values, body)}
+        for i, answer in enumerate(answered.answers)
+    ]
+    usage = {"prompt_tokens": answered.tokens, "total_tokens": answered.tokens}
+    composed = asked[0].composed
+    extras = {"composition": composed.explained if body.espalier.explain else composed.brief}
+    return reply({"object": "list", "model": body.model, "data": data, "usage": usage, "espalier": extras})
+
+
+def _names(service: Service) -> list[str]:
+    catalog = service.catalog
+    return list(dict.fromkeys([service.backbone.name, *catalog.tasks, *sorted(catalog.manifests)]))
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    kind = "backbone" if name == service.backbone.name else "task" if name in service.catalog.tasks else "adapter"
+    return {"id": name, "object": "model", "created": 0, "owned_by": "espalier", "kind": kind, "parent": service.backbone.name}
+
+
+def _rows(service: Service, body: EmbeddingRequest, allowed: frozenset[str] | None) -> list[Asked]:
+    size = service.backbone.encoder.hidden_size
+    if body.dimensions not in (None, size):
+        raise BadInputError(f"this backbone gives {size} dimensions, not {body.dimensions}; leave 'dimensions' out")
+    composed = service.composer.compose(_ask(service, body.model, body.espalier), service.catalog)
+    inference.check_allowed(composed, allowed)
+    pooling = body.espalier.pooling or service.backbone.default_pooling
+    inputs = _inputs(service, body.input)
+    if len(inputs) > service.settings.max_inputs:
+        raise BadInputError(f"{len(inputs)} inputs, at most {service.settings.max_inputs} (--max-inputs)")
+    return [Asked(text, composed, pooling, None, ids) for text, ids in inputs]
+
+
+def _inputs(service: Service, given: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]) -> list[tuple[str, Any]]:
+    """(text, None) or ("", token ids) for each input."""
+    many: Any = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
+    if not many:
+        raise BadInputError("'input' is empty: send a text, a list of texts, or token ids")
+    return [(one, None) if isinstance(one, str) else ("", _checked_ids(service, one)) for one in many]
+
+
+def _checked_ids(service: Service, ids: Sequence[int]) -> list[int]:
+    """Token ids that the backbone can take. Raises BadInputError."""
+    vocabulary = len(service.backbone.tokenizer)
+    if not ids or len(ids) > service.backbone.max_length:
+        raise BadInputError(f"token ids: 1 to {service.backbone.max_length} per input, not {len(ids)}")
+    if not all(0 <= token < vocabulary for token in ids):
+        raise BadInputError(f"token ids must be between 0 and {vocabulary - 1}")
+    return list(ids)
+
+
+def _ask(service: Service, model: str, extras: EmbeddingOptions) -> Ask:
+    """What the body asks for: the extras if they say more than `model` does."""
+    overrides = Overrides(extras.temperature, extras.threshold, extras.top_k)
+    if extras.adapters is not None:
+        weights = tuple((ref, inference.freeze(weight)) for ref, weight in extras.adapters.items())
+        return Ask("explicit", adapters=weights, needs_head=False)
+    if extras.mix is not None:
+        return Ask(extras.mode or "prior", mix=tuple(extras.mix.items()), needs_head=False, overrides=overrides)
+    if model == service.backbone.name:
+        return Ask("none", needs_head=False)
+    if model in service.catalog.tasks:
+        return Ask(extras.mode or "prior", task=model, needs_head=False, overrides=overrides)
+    try:
+        service.catalog.resolve(model)
+    except AdapterNotFoundError as error:
+        raise TaskNotFoundError(f"model {model!r} is neither the backbone, nor a task, nor an adapter: {error}") from error
+    return Ask("explicit", adapters=((model, 1.0),), needs_head=False)
+
+
+def _encoded(values: Sequence[float], body: EmbeddingRequest) -> Any:
+    vector = np.asarray(values, np.float32)
+    if body.espalier.normalize:
+        vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
+    if body.encoding_format == "base64":
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    return vector.tolist()

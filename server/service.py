@@ -1,0 +1,147 @@
+"""The server without HTTP: backbone, store, catalog, residency, engine and queue, started and stopped together."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+
+from adapters_store import adapter as adapters
+from adapters_store.adapter import Adapter
+from adapters_store.errors import BackboneMismatchError, EspalierError
+from adapters_store.manifest import Manifest
+from adapters_store.primitives import calibration, native
+from adapters_store.store import AdapterStore
+from server import backbone, catalog, golden
+from server.backbone import Served
+from server.catalog import Catalog
+from server.compose import Composer
+from server.config import Settings
+from server.engine import Engine
+from server.metrics import LoraInfo, Metrics
+from server.residency import Residency
+from server.scheduler import Scheduler
+
+log = logging.getLogger("espalier")
+Result = TypeVar("Result")
+
+
+class Service:
+    """Owns every resource of the server. Create it, `await start()`, serve, `await stop()`."""
+
+    def __init__(self, settings: Settings, served: Served | None = None) -> None:
+        """served: an already loaded backbone, for tests and benchmarks that make their own."""
+        self.settings = settings
+        self.metrics = Metrics()
+        self.store = AdapterStore(settings.store)
+        self.backbone = served or backbone.load(settings.backbone, settings.dtype, settings.device)
+        self.catalog = Catalog()
+        self.composer = Composer(self.backbone.encoder.num_layers, settings.max_adapters)
+        self.engine = Engine(self.backbone.encoder, settings.threads)
+        self.unready: str | None = "starting"
+        self.problems: dict[str, str] = {}
+        self._workers = ThreadPoolExecutor(2, thread_name_prefix="worker")
+        self._changing = asyncio.Lock()
+        self._polling: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Read the store, warm up, load what is served and check its golden examples."""
+        settings = self.settings
+        self.residency = Residency(
+            self.engine, self.load, self.metrics, num_slots=settings.slots, cache_bytes=settings.host_cache_mb * 2**20
+        )
+        self.scheduler = Scheduler(
+            self.engine, self.metrics, batch_tokens=settings.batch_tokens, queue_tokens=settings.queue_tokens
+        )
+        self.metrics.registry.register(LoraInfo(settings.slots, lambda: (self.residency.running, self.residency.waiting)))
+        self.scheduler.start()
+        await self.engine.run(self._warm_up)
+        await self.refresh()
+        if settings.preload:
+            await self._preload()
+        self._polling = asyncio.create_task(self._poll())
+        self.unready = None
+        log.info("ready backbone=%s adapters=%d tasks=%d path=%s", self.backbone.name, len(self.catalog.manifests),
+                 len(self.catalog.tasks), self.operator_path)  # fmt: skip
+
+    def _warm_up(self) -> None:
+        encoder = self.backbone.encoder
+        if encoder.device.type == "cpu":
+            calibration.calibrate_lowrank(encoder.dtype, encoder.device)
+        encoder.pool([[1, 2, 3]], [None], [self.backbone.default_pooling])
+
+    @property
+    def operator_path(self) -> str:
+        """Which form of the low-rank operator serves, for people."""
+        if self.backbone.encoder.device.type != "cpu":
+            return f"torch on {self.backbone.encoder.device}"
+        return native.status().detail
+
+    def load(self, manifest: Manifest) -> Adapter:
+        """A version read from the store, digests verified, checked against this backbone. Runs on a loader thread."""
+        self.check_backbone(manifest)
+        loaded = self.store.load(manifest)
+        self.check(loaded)
+        return loaded
+
+    def check(self, loaded: Adapter) -> None:
+        """Refuse an adapter that this server cannot run as promised. Raises RefusedError."""
+        sites = self.backbone.encoder.sites
+        adapters.check(loaded, sites, max_rank=self.settings.max_rank, allow_zero=self.settings.allow_zero)
+
+    def check_backbone(self, manifest: Manifest) -> None:
+        """Refuse a version trained on another backbone. Raises BackboneMismatchError."""
+        mine, theirs = self.backbone.fingerprint, manifest.backbone
+        if not mine.is_same(theirs):
+            raise BackboneMismatchError(
+                f"{manifest.reference} was trained on {theirs.architecture} {theirs.weights_digest[:19]}…, "
+                f"this server runs {mine.architecture} {mine.weights_digest[:19]}…"
+            )
+
+    async def refresh(self) -> None:
+        """Look at the store again and swap in what is there now; the old catalog stays if the new one is broken."""
+        async with self._changing:
+            found = await self.work(lambda: catalog.read(self.store, self.catalog))
+            if catalog.differs(found, self.catalog):
+                self.catalog = found
+                self.metrics.graph_version.set(found.graph_version)
+
+    async def _preload(self) -> None:
+        served = self.catalog.served()[: self.settings.slots]
+        for manifest in served:
+            try:
+                lease = await self.residency.lease([manifest])
+                try:
+                    await golden.check(self, manifest, lease)
+                finally:
+                    self.residency.release(lease)
+            except EspalierError as error:  # one bad adapter must not keep the others from being served
+                self.problems[manifest.reference] = f"{error.code}: {error}"
+                log.error("adapter_refused adapter=%s code=%s detail=%s", manifest.reference, error.code, error)
+
+    async def _poll(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.poll_s)
+            try:
+                await self.refresh()
+            except (EspalierError, OSError) as error:
+                log.error("store_unreadable detail=%s", error)
+
+    async def work(self, call: Callable[[], Result]) -> Result:
+        """What call gives, run on a worker thread: disk, parsing, tokenizing."""
+        return await asyncio.get_running_loop().run_in_executor(self._workers, call)
+
+    async def stop(self) -> None:
+        """Finish what was admitted, within the drain time, then let go of everything."""
+        self.unready = "draining"
+        start = time.monotonic()
+        finished = await self.scheduler.drain(self.settings.drain_s)
+        log.info("drained finished=%s seconds=%.2f", finished, time.monotonic() - start)
+        if self._polling:
+            self._polling.cancel()
+        self.scheduler.stop()
+        await asyncio.get_running_loop().run_in_executor(None, self.engine.close)
+        self.residency.close()
+        self._workers.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,1 @@
+"""Benchmarks. Each prints a table for people and writes one JSON line per setting; results are committed."""

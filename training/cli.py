@@ -1,0 +1,104 @@
+"""The command line of training: fit -> publish -> relate -> evaluate, and the demo that does all of it."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from training.commands import command
+from training.config import DemoConfig, EvaluateConfig, FitConfig, PublishConfig, RelateConfig, resolve
+
+app = typer.Typer(
+    name="espalier-train",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+    help="Train task adapters on one frozen backbone, find out how they help each other, and publish them.\n\n"
+    "The usual way: fit, then publish, relate, evaluate. Every command takes its settings from flags, from a file "
+    "(--config), or both.",
+)
+
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with a run that was stopped; without --run the newest unfinished one.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="One batch through everything, nothing is written.")]
+
+
+def _fit_settings(file: Path | None, flags: dict[str, Any], switches: dict[str, bool]) -> FitConfig:
+    if not switches["resume"]:
+        return resolve(FitConfig, file, flags)
+    from training.resume import settings
+
+    return settings(file, flags)
+
+
+@command(app, FitConfig, _fit_settings, resume=Resume, dry_run=DryRun)
+def fit(config: FitConfig, *, resume: bool, dry_run: bool) -> None:
+    """Train one adapter per task, into a run folder.
+
+    All tasks train together in mixed batches, through the very sites that serve, with the result of training alone.
+    Ctrl-C finishes the step, writes a checkpoint and says how to go on; the result is the same as without the stop.
+
+    Example:  espalier-train fit --data training/demo_data --run first --set r=8 --epochs 5
+    """
+    from training import fit as training_fit
+
+    if dry_run:
+        training_fit.dry_run(config)
+    else:
+        training_fit.fit(config, resume=resume)
+
+
+@command(app, PublishConfig)
+def publish(config: PublishConfig) -> None:
+    """Put a run's adapters into an adapter store.
+
+    Each becomes a new version of its task's name, and an alias (prod) points at it.
+
+    Example:  espalier-train publish --run runs/first --store adapters_store/data --alias prod
+    """
+    from training import publish as training_publish
+
+    training_publish.publish(config)
+
+
+@command(app, RelateConfig)
+def relate(config: RelateConfig) -> None:
+    """Estimate how adapters help each other: the graph.
+
+    The relations become a version of the store's relation graph, by which the server composes adapters.
+    Also writes relations.json and relations.png (a heat map) into the run's folder.
+
+    Example:  espalier-train relate --run runs/first --store adapters_store/data --set c=0.5
+    """
+    from training import relate as training_relate
+
+    training_relate.relate(config)
+
+
+@command(app, EvaluateConfig)
+def evaluate(config: EvaluateConfig) -> None:
+    """Accuracy per task on the test texts.
+
+    Of the bare backbone, of each task's own adapter, and of adapters composed by the graph.
+    JSON lines go to stdout (and to --out), a table to stderr.
+
+    Example:  espalier-train evaluate --data training/demo_data --store adapters_store/data --modes single,prior
+    """
+    from training import evaluate as training_evaluate
+
+    training_evaluate.evaluate(config)
+
+
+@command(app, DemoConfig)
+def demo(config: DemoConfig) -> None:
+    """Train, publish and relate the demo's tasks.
+
+    Eleven small tasks in four families; what the store has already is not made again.
+
+    Example:  espalier-train demo --store adapters_store/data
+    """
+    from training import demo as training_demo
+
+    training_demo.demo(config)

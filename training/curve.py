@@ -1,0 +1,47 @@
+"""The learning curve of a run: training loss by step, dev accuracy by epoch, a line per task and the mean."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+Series = dict[str, list[tuple[float, float]]]  # task -> (x, y) points
+
+
+def draw(metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Write the PNG of a run's metrics."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    _panel(left, _series(metrics, "step", "loss"), "step", "training loss")
+    _panel(right, _series(metrics, "epoch", "dev_accuracy"), "epoch", "dev accuracy")
+    figure.savefig(file, dpi=110)
+
+
+def _series(metrics: Sequence[Mapping[str, Any]], x: str, y: str) -> Series:
+    series: Series = defaultdict(list)
+    for line in metrics:
+        if y in line:
+            series[line["task"]].append((line[x], line[y]))
+    return series
+
+
+def _panel(axes: Axes, series: Series, x: str, y: str) -> None:
+    for task, points in series.items():
+        axes.plot(*zip(*points, strict=True), linewidth=0.8, alpha=0.6, label=task)
+    mean: dict[float, list[float]] = defaultdict(list)
+    for points in series.values():
+        for at, value in points:
+            mean[at].append(value)
+    axes.plot(
+        list(mean), [sum(values) / len(values) for values in mean.values()], color="black", linewidth=2, label="mean"
+    )
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    if len(series) <= 20:
+        axes.legend(fontsize=6, ncols=2)

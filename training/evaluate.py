@@ -1,0 +1,188 @@
+"""evaluate: accuracy of published adapters on test splits, composed in the ways that the server composes.
+
+none: the bare backbone under the task's head; single: the task's own adapter; prior: as the relation graph says.
+Rows of all tasks run together through `Encoder.pool`, which is what serves.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from rich.table import Table
+
+from adapters_store import composition
+from adapters_store.adapter import Adapter
+from adapters_store.composition import Weights
+from adapters_store.errors import AdapterNotFoundError, BackboneMismatchError
+from adapters_store.graph import RelationGraph
+from adapters_store.manifest import Manifest
+from adapters_store.mixing import Mix
+from adapters_store.primitives import head as head_primitive
+from adapters_store.prior import Prior
+from adapters_store.store import AdapterStore
+from training import fit, step
+from training.backbone import LoadedBackbone, load
+from training.config import EvaluateConfig, Mode
+from training.errors import DataError
+from training.export import head_of
+from training.progress import bar, console, result
+from training.step import Texts
+from training.tasks import Task, first, read_tasks
+from training.trainable import HeadChoice
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One task in one mode. width: mean number of adapters with any weight."""
+
+    task: str
+    mode: Mode
+    accuracy: float
+    examples: int
+    adapter: str
+    graph_version: int | None
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """A task ready to be evaluated: its manifest, adapter, slot and test texts."""
+
+    task: Task
+    manifest: Manifest
+    adapter: Adapter
+    slot: int
+    texts: Texts
+
+
+def evaluate(config: EvaluateConfig) -> list[Outcome]:
+    """Accuracy per task and mode; written as JSON lines and shown as a table."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    store = AdapterStore(config.store)
+    tasks = _tasks(config, store)
+    backbone = load(config.backbone, config.dtype, config.device)
+    residents = [_resident(store, backbone, task, slot, config) for slot, task in enumerate(tasks)]
+    version, graph = _graph(store, config)
+    outcomes = []
+    with bar(len(config.modes) * sum(len(r.texts) for r in residents), "evaluating") as shown:
+        for mode in config.modes:
+            for resident in residents:
+                mix, width = _mix(mode, resident, residents, graph, backbone.encoder.num_layers)
+                accuracy = _accuracy(backbone, resident, mix, config.token_budget)
+                used = version if mode == "prior" else None
+                found = Outcome(
+                    resident.task.name, mode, accuracy, len(resident.texts), resident.manifest.reference, used, width
+                )
+                outcomes.append(found)
+                shown.advance(len(resident.texts), f"{mode} {resident.task.name} {accuracy:.3f}")
+    _report(outcomes, config)
+    return outcomes
+
+
+def _tasks(config: EvaluateConfig, store: AdapterStore) -> list[Task]:
+    known = set(store.names())
+    tasks = [first(task, config.examples) for task in read_tasks(config.data, names=config.tasks)]
+    missing = [task.name for task in tasks if task.name not in known]
+    if config.tasks and missing:
+        raise AdapterNotFoundError(
+            f"{config.store} has no adapter {missing[0]!r}; it has: {', '.join(sorted(known)) or 'none'}"
+        )
+    chosen = [task for task in tasks if task.name in known]
+    if not chosen:
+        raise DataError(
+            f"no task of {config.data} has an adapter in {config.store}; espalier-train publish puts them there"
+        )
+    untested = [task.name for task in chosen if not task.test]
+    if untested:
+        raise DataError(f"{config.data / untested[0]}: expected a test.jsonl to evaluate on")
+    return chosen
+
+
+def _resident(store: AdapterStore, backbone: LoadedBackbone, task: Task, slot: int, config: EvaluateConfig) -> Resident:
+    has_alias = config.alias is not None and config.alias in store.aliases(task.name)
+    manifest = store.resolve(f"{task.name}@{config.alias}" if has_alias else task.name)
+    if not manifest.backbone.is_same(backbone.fingerprint):
+        raise BackboneMismatchError(
+            f"{manifest.reference} was trained on another backbone than {backbone.folder}; give its --backbone"
+        )
+    adapter = store.load(manifest)
+    if adapter.head is None or not set(task.labels) <= set(adapter.head.spec.labels):
+        raise DataError(
+            f"{manifest.reference} does not know all labels of {config.data / task.name}: {', '.join(task.labels)}"
+        )
+    if adapter.entries:
+        backbone.encoder.sites.check(adapter.entries)
+        backbone.encoder.sites.put(slot, adapter.entries)
+    spec = adapter.head.spec
+    choice = HeadChoice(spec.pooling, spec.max_length or backbone.encoder.max_length)
+    index = {label: i for i, label in enumerate(spec.labels)}
+    texts = fit.texts(backbone, task, task.test, choice)
+    targets = [index[example.label] for example in task.test]
+    return Resident(task, manifest, adapter, slot, Texts(texts.rows, targets))
+
+
+def _graph(store: AdapterStore, config: EvaluateConfig) -> tuple[int | None, RelationGraph | None]:
+    if "prior" not in config.modes:
+        return None, None
+    version, document = store.graph(config.graph)
+    return version, RelationGraph.from_json(document)
+
+
+def _mix(
+    mode: Mode, resident: Resident, residents: Sequence[Resident], graph: RelationGraph | None, num_layers: int
+) -> tuple[Mix | None, int]:
+    """The composition of a task in a mode, and how many adapters it has."""
+    slots = {other.task.name: other.slot for other in residents if other.adapter.entries}
+    weights = _weights(mode, resident.task.name, graph, num_layers)
+    missing = sorted(set(weights) - {other.task.name for other in residents})
+    if missing:
+        raise DataError(
+            f"the graph composes {resident.task.name} with {missing[0]}, which is not loaded; leave --tasks out"
+        )
+    return to_mix(weights, slots), len(weights)
+
+
+def _weights(mode: Mode, task: str, graph: RelationGraph | None, num_layers: int) -> Weights:
+    if mode == "none":
+        return {}
+    if mode == "single":
+        return composition.single(task, num_layers)
+    if graph is None:
+        raise AssertionError("our bug: prior without a graph")
+    graph.node(task)
+    evidence = graph.attributes.evidence.get(task, {})
+    return composition.from_prior(Prior(graph).row(task), evidence, graph.knobs, num_layers)
+
+
+def to_mix(weights: Weights, slots: Mapping[str, int]) -> Mix | None:
+    """Weights by task as a mix of slots; tasks without a slot (heads only) add nothing."""
+    kept = {task: values for task, values in weights.items() if task in slots}
+    if not kept:
+        return None
+    return Mix(tuple(slots[task] for task in kept), torch.stack([torch.from_numpy(v) for v in kept.values()]).numpy())
+
+
+def _accuracy(backbone: LoadedBackbone, resident: Resident, mix: Mix | None, token_budget: int) -> float:
+    rows, head = resident.texts.rows, head_of(resident.adapter).to(backbone.encoder.device)
+    pooled = step.pool(backbone.encoder, rows, [mix] * len(rows), [head.spec.pooling] * len(rows), token_budget)
+    found = head_primitive.reference(head, pooled).argmax(dim=-1).cpu()
+    return float((found == torch.tensor(resident.texts.targets)).double().mean())
+
+
+def _report(outcomes: Sequence[Outcome], config: EvaluateConfig) -> None:
+    lines = [json.dumps(asdict(outcome)) for outcome in outcomes]
+    if config.out:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        config.out.write_text("\n".join(lines) + "\n")
+    result("\n".join(lines))
+    table = Table("task", *config.modes, title=f"test accuracy, {config.store}")
+    by_task: dict[str, list[float]] = {}
+    for outcome in outcomes:
+        by_task.setdefault(outcome.task, []).append(outcome.accuracy)
+    for task, scores in by_task.items():
+        table.add_row(task, *(f"{score:.3f}" for score in scores))
+    means = [sum(scores) / len(by_task) for scores in zip(*by_task.values(), strict=True)]
+    table.add_row("mean", *(f"{score:.3f}" for score in means), style="bold")
+    console.print(table)

@@ -1,0 +1,213 @@
+"""relate: how much the adapters of a run help each other's tasks, as a version of the store's relation graph.
+
+The path: adapters of the run -> views (relations/) -> fuse -> graph document -> store. Everything is estimated on train
+and dev texts; the test split is never read for it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from adapters_store.adapter import Adapter
+from adapters_store.graph import Knobs, RelationGraph
+from adapters_store.store import AdapterStore
+from training import export, fit, step
+from training.backbone import LoadedBackbone, load
+from training.config import FitConfig, RelateConfig, validate
+from training.errors import ConfigError, DataError
+from training.progress import bar, say
+from training.relations import Matrix, embedding, heatmap, weights
+from training.relations.evidence import evidence
+from training.relations.fuse import agreement, fuse, shares, strongest, with_negatives
+from training.relations.transfer import Transfer, measure
+from training.run import Run, versions
+from training.step import Texts
+from training.tasks import Split, Task, read_tasks
+from training.trainable import HeadChoice
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What relations are estimated from."""
+
+    tasks: list[Task]
+    adapters: list[Adapter]
+    backbone: LoadedBackbone
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tasks."""
+        return [task.name for task in self.tasks]
+
+
+@dataclass(frozen=True, eq=False)
+class Relations:
+    """What was estimated. relations: R (K, K); views: by name, as measured."""
+
+    tasks: list[str]
+    relations: Matrix
+    views: dict[str, Matrix]
+    view_weights: dict[str, float]
+    agreement: dict[str, float | None]
+    transfer: Transfer | None
+
+
+def relate(config: RelateConfig) -> int:
+    """Estimate the relations of a finished run, write them into the store; the new graph's version."""
+    knobs = validate(Knobs, config.knobs, "knob")
+    run = Run(config.run)
+    run.summary()  # refuses a run that is not finished
+    material = gather(run, config)
+    found = estimate(material, config)
+    store = AdapterStore(config.store)
+    document = document_of(found, material, store, config, knobs)
+    version = store.publish_graph(document, config.alias, "espalier-train relate")
+    run.write("relations.json", _report(found, version, document))
+    heatmap.draw(
+        found.tasks,
+        found.relations,
+        run.folder / "relations.png",
+        f"R of graph version {version}: {_spearman_line(found)}",
+    )
+    size = f"{len(document['nodes'])} tasks, {len(document['edges'])} relations"
+    say(f"graph version {version} in {config.store}: {size}; {_spearman_line(found)}")
+    return version
+
+
+def gather(run: Run, config: RelateConfig) -> Material:
+    """Tasks, adapters and backbone of a run. Raises RunError if its data changed."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    trained: FitConfig = run.config()
+    tasks = read_tasks(trained.data, fit.sampling(trained), trained.tasks)
+    run.check_data(tasks)
+    adapters = [export.read(run.adapters / task.name)[1] for task in tasks]
+    return Material(tasks, adapters, load(trained.backbone, config.dtype, config.device))
+
+
+def estimate(material: Material, config: RelateConfig) -> Relations:
+    """All views and their fusion."""
+    views: dict[str, Matrix] = {}
+    transfer = None
+    total = len(material.tasks) * (("embedding" in config.views) + ("transfer" in config.views))
+    with bar(total, "relating") as shown:
+        if "embedding" in config.views:
+            pooled = []
+            for task, adapter in zip(material.tasks, material.adapters, strict=True):
+                pooled.append(_pooled(material.backbone, adapter, task.train, config.token_budget))
+                shown.advance()
+            views["embedding"] = embedding.similarity(pooled)
+        if "weights" in config.views:
+            views["weights"] = weights.similarity(material.adapters, material.backbone.encoder.sites)
+        if "transfer" in config.views:
+            dev = [_dev(material, k, config.transfer_examples) for k in range(len(material.tasks))]
+            transfer = measure(material.backbone.encoder, material.adapters, dev, config.token_budget, shown)
+            views["transfer"] = transfer.change
+    return _fused(material.names, views, transfer, config)
+
+
+def _fused(tasks: list[str], views: dict[str, Matrix], transfer: Transfer | None, config: RelateConfig) -> Relations:
+    unknown = sorted(set(config.view_weights) - set(views))
+    if unknown:
+        raise ConfigError(f"view_weights names {unknown[0]!r}, which is not among the views {', '.join(views)}")
+    by_view = shares(list(views), config.view_weights)
+    relations = fuse(views, by_view)
+    relations = with_negatives(relations, transfer) if transfer else relations
+    agreed = agreement(views, transfer.change) if transfer else {}
+    return Relations(tasks, strongest(relations, config.neighbours), views, by_view, agreed, transfer)
+
+
+def _choice(adapter: Adapter, backbone: LoadedBackbone) -> HeadChoice:
+    spec = export.head_of(adapter).spec
+    return HeadChoice(spec.pooling, spec.max_length or backbone.encoder.max_length)
+
+
+def _pooled(backbone: LoadedBackbone, adapter: Adapter, split: Split, token_budget: int) -> Matrix:
+    """(texts, d) the bare backbone's pooled hidden states."""
+    choice = _choice(adapter, backbone)
+    rows = backbone.encode([example.text for example in split], choice.max_length)
+    pooled = step.pool(backbone.encoder, rows, [None] * len(rows), [choice.pooling] * len(rows), token_budget)
+    states: Matrix = pooled.cpu().double().numpy()
+    return states
+
+
+def _dev(material: Material, k: int, examples: int) -> Texts:
+    """The first dev examples of a task."""
+    task = material.tasks[k]
+    if not task.dev:
+        raise DataError(f"task {task.name!r} has no dev examples to measure transfer on; try --views embedding,weights")
+    return fit.texts(material.backbone, task, task.dev[:examples], _choice(material.adapters[k], material.backbone))
+
+
+def document_of(
+    found: Relations, material: Material, store: AdapterStore, config: RelateConfig, knobs: Knobs
+) -> dict[str, Any]:
+    """Node-link JSON of the graph: tasks with their adapters, relations with the value of each view."""
+    edges = _edges(found)
+    by_layer = weights.similarity_by_layer(material.adapters, material.backbone.encoder.sites)
+    attributes = {
+        "knobs": knobs.model_dump(),
+        "evidence": evidence(found.tasks, by_layer, edges) if config.evidence else {},
+        "views": found.view_weights,
+        "provenance": {"run": str(config.run), "versions": versions(), "spearman_with_transfer": found.agreement},
+    }
+    document = {
+        "directed": True,
+        "multigraph": False,
+        "graph": attributes,
+        "nodes": [_node(task, store, config.alias) for task in material.tasks],
+        "edges": [
+            {"source": i, "target": j, "weight": w, "views": _view_values(found, i, j)} for (i, j), w in edges.items()
+        ],
+    }
+    RelationGraph.from_json(document)  # refuses our own mistakes before they are written
+    return document
+
+
+def _node(task: Task, store: AdapterStore, alias: str | None) -> dict[str, Any]:
+    has_alias = alias is not None and alias in store.aliases(task.name)
+    return {
+        "id": task.name,
+        "adapter": f"{task.name}@{alias}" if has_alias else task.name,
+        "description": task.description,
+        "family": task.family,
+    }
+
+
+def _edges(found: Relations) -> dict[tuple[str, str], float]:
+    rows, columns = np.nonzero(found.relations)
+    pairs = [(i, j) for i, j in zip(rows.tolist(), columns.tolist(), strict=True) if i != j]
+    return {(found.tasks[i], found.tasks[j]): round(float(found.relations[i, j]), 6) for i, j in pairs}
+
+
+def _view_values(found: Relations, source: str, target: str) -> dict[str, float]:
+    i, j = found.tasks.index(source), found.tasks.index(target)
+    return {name: round(float(view[i, j]), 6) for name, view in found.views.items()}
+
+
+def _report(found: Relations, version: int, document: Mapping[str, Any]) -> dict[str, Any]:
+    measured = {}
+    if found.transfer:
+        measured = {
+            "transfer_error": found.transfer.error.tolist(),
+            "transfer_accuracy": found.transfer.accuracy.tolist(),
+        }
+    return {
+        "graph_version": version,
+        "tasks": found.tasks,
+        "relations": found.relations.tolist(),
+        "views": {name: view.tolist() for name, view in found.views.items()},
+        "view_weights": found.view_weights,
+        "spearman_with_transfer": found.agreement,
+        "knobs": document["graph"]["knobs"],
+    } | measured
+
+
+def _spearman_line(found: Relations) -> str:
+    others: Sequence[tuple[str, float]] = [
+        (n, v) for n, v in found.agreement.items() if n != "transfer" and v is not None
+    ]
+    return "Spearman with measured transfer: " + (", ".join(f"{n} {v:.2f}" for n, v in others) or "not measured")

@@ -1,0 +1,209 @@
+"""Tasks: folders of `train.jsonl`, optional `dev.jsonl` and `test.jsonl`, one {"text": …, "label": …} per line.
+
+`task.toml` (optional) has `description`, `family` and a table `[labels]` of label texts, whose order is the order of
+the labels. `meta.json` (optional) may list train rows to leave out, as `train_rows_whose_text_is_also_in_test`, counted
+from 0. Texts that occur twice in train, or in train and in dev or test, are left out of train in any case.
+"""
+
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from adapters_store.errors import InvalidNameError
+from adapters_store.manifest import canonical_json, digest_of
+from adapters_store.references import check_name
+from training import seeds
+from training.errors import DataError
+
+LEAKS = "train_rows_whose_text_is_also_in_test"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A text and the name of its label."""
+
+    text: str
+    label: str
+
+
+Split = tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How splits are cut. examples: training examples to take per task, None for all."""
+
+    seed: int = 0
+    examples: int | None = None
+    dev_fraction: float = 0.2
+    max_dev: int = 100
+
+
+class TaskFile(BaseModel):
+    """What `task.toml` may say."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    description: str = ""
+    family: str = ""
+    labels: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One classification task and its three splits; dev and test may be empty."""
+
+    name: str
+    labels: tuple[str, ...]
+    train: Split
+    dev: Split = ()
+    test: Split = ()
+    description: str = ""
+    family: str = ""
+    label_texts: tuple[tuple[str, str], ...] = ()
+
+    def targets(self, split: Sequence[Example]) -> list[int]:
+        """Index of each example's label."""
+        index = {label: i for i, label in enumerate(self.labels)}
+        return [index[example.label] for example in split]
+
+    @property
+    def digest(self) -> str:
+        """`sha256:…` of the examples an adapter is trained and chosen on."""
+        rows = [[[example.text, example.label] for example in split] for split in (self.train, self.dev)]
+        return digest_of(canonical_json({"labels": self.labels, "train": rows[0], "dev": rows[1]}))
+
+
+def read_tasks(folder: Path, sampling: Sampling = Sampling(), names: Sequence[str] = ()) -> list[Task]:
+    """The tasks of a folder of task folders, by name; `names` chooses some. Raises DataError."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: expected a folder with one folder per task, each with a train.jsonl")
+    folders = {_name(path): path for path in sorted(folder.iterdir()) if (path / "train.jsonl").is_file()}
+    if not folders:
+        raise DataError(f"{folder}: no task here; expected folders that hold a train.jsonl")
+    missing = sorted(set(names) - set(folders))
+    if missing:
+        raise DataError(f"{folder} has no task {missing[0]!r}; it has: {', '.join(folders)}")
+    return [read_task(path, sampling) for name, path in sorted(folders.items()) if not names or name in names]
+
+
+def read_task(folder: Path, sampling: Sampling = Sampling()) -> Task:
+    """The task of one folder. Raises DataError."""
+    name, about = _name(folder), _task_file(folder / "task.toml")
+    dev, test = _read(folder / "dev.jsonl"), _read(folder / "test.jsonl")
+    train = _clean(_read(folder / "train.jsonl"), _leaks(folder / "meta.json"), dev + test)
+    labels = _labels(folder, about, train + dev + test)
+    if not dev:
+        train, dev = _cut_dev(train, name, sampling)
+    if sampling.examples is not None:
+        train = sample(train, sampling.examples, sampling.seed, name, "train")
+    if len({example.label for example in train}) < 2:
+        raise DataError(
+            f"{folder / 'train.jsonl'}: expected examples of at least 2 labels, found {len(train)} examples of fewer"
+        )
+    texts = tuple(about.labels.items())
+    return Task(name, labels, train, dev, test, about.description, about.family, texts)
+
+
+def _name(folder: Path) -> str:
+    try:
+        return check_name(folder.resolve().name.lower(), "task")
+    except InvalidNameError as error:
+        raise DataError(f"{folder}: {error}") from error
+
+
+def _read(file: Path) -> Split:
+    return tuple(_examples(file)) if file.is_file() else ()
+
+
+def _examples(file: Path) -> Iterator[Example]:
+    with file.open(encoding="utf-8", newline="\n") as lines:  # texts may hold other line ends that JSON allows
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield _example(file, number, line)
+
+
+def _example(file: Path, number: int, line: str) -> Example:
+    expected = f'{file}:{number}: expected {{"text": "…", "label": "…"}}'
+    try:
+        row: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{expected}, but this is not JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not _is_label(row.get("label")):
+        found = f"keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+        raise DataError(f"{expected} with a string as text and a string or whole number as label, found {found}")
+    return Example(row["text"], str(row["label"]))
+
+
+def _is_label(value: object) -> bool:
+    return (isinstance(value, str) and value != "") or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def _task_file(file: Path) -> TaskFile:
+    try:
+        return TaskFile.model_validate(tomllib.loads(file.read_text())) if file.is_file() else TaskFile()
+    except tomllib.TOMLDecodeError as error:
+        raise DataError(f"{file}: expected TOML: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        known = ", ".join(TaskFile.model_fields)
+        raise DataError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}; known are {known}") from error
+
+
+def _leaks(file: Path) -> frozenset[int]:
+    try:
+        rows = json.loads(file.read_text()).get(LEAKS, []) if file.is_file() else []
+        return frozenset(int(row) for row in rows)
+    except (json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
+        raise DataError(f"{file}: expected a JSON object whose {LEAKS!r} is a list of row numbers: {error}") from error
+
+
+def _clean(train: Split, leaks: frozenset[int], held_out: Split) -> Split:
+    """Without the rows that the source names as leaks, texts of other splits, and second occurrences of a text."""
+    seen = {example.text for example in held_out}
+    kept = []
+    for row, example in enumerate(train):
+        if row not in leaks and example.text not in seen:
+            seen.add(example.text)
+            kept.append(example)
+    return tuple(kept)
+
+
+def _labels(folder: Path, about: TaskFile, examples: Split) -> tuple[str, ...]:
+    found = {example.label for example in examples}
+    unknown = sorted(found - set(about.labels))
+    if about.labels and unknown:
+        raise DataError(
+            f"{folder}: label {unknown[0]!r} is not among the [labels] of task.toml: {', '.join(about.labels)}"
+        )
+    return tuple(about.labels) or tuple(sorted(found))
+
+
+def _cut_dev(train: Split, name: str, sampling: Sampling) -> tuple[Split, Split]:
+    count = min(sampling.max_dev, round(sampling.dev_fraction * len(train)))
+    dev = sample(train, count, sampling.seed, name, "dev")
+    chosen = set(dev)
+    return tuple(example for example in train if example not in chosen), dev
+
+
+def sample(split: Split, count: int, *seed: object) -> Split:
+    """`count` examples (all, if there are fewer), each label in its share of the split; seeded, in random order."""
+    if count >= len(split):
+        return tuple(split[i] for i in seeds.permutation(len(split), *seed))
+    by_label: dict[str, list[Example]] = {}
+    for i in seeds.permutation(len(split), *seed):
+        by_label.setdefault(split[i].label, []).append(split[i])
+    # the example at place p of its label's n stands at (p + 1/2) / n: the first `count` of them have the labels' shares
+    spread = [((p + 0.5) / len(rows), label, row) for label, rows in by_label.items() for p, row in enumerate(rows)]
+    chosen = [row for _, _, row in sorted(spread, key=lambda item: item[:2])[:count]]
+    return tuple(chosen[i] for i in seeds.permutation(count, *seed, "order"))
+
+
+def first(task: Task, examples: int | None) -> Task:
+    """The task with at most so many test examples, the first ones."""
+    return replace(task, test=task.test[:examples])
