@@ -76,7 +76,7 @@ def packed_attention(
 def _rows(tensor: Tensor, start: int, rows: int, length: int) -> Tensor:
     """(rows, heads, length, d) view of a run of a packed (1, heads, tokens, d)."""
     run = tensor[0, :, start : start + rows * length]
-    return run.unflatten(1, (rows, length)).transpose(0, 1)
+    return run.reshape(run.shape[0], rows, length, run.shape[-1]).transpose(0, 1)
 
 
 def _band(length: int, window: int | None, causal: bool, device: torch.device) -> Tensor | None:

@@ -125,10 +125,10 @@ def _split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Factors], dict[str,
 
 def _beside(key: str) -> str:
     """Name beside the backbone of a tensor that is no LoRA factor of a linear layer."""
-    if ".lora_" in key:
-        raise UnsupportedError(f"{key[:_MAX_KEY]!r}: only lora_A.weight and lora_B.weight of linear layers are served")
-    if not key.startswith(_PREFIX) or len(key) > _MAX_KEY:
+    if not key.startswith(_PREFIX):
         raise KeysError(f"{key[:_MAX_KEY]!r} is no key of PEFT's: they begin with {_PREFIX!r}")
+    if ".lora_" in key or len(key) > _MAX_KEY:
+        raise UnsupportedError(f"{key[:_MAX_KEY]!r}: only lora_A.weight and lora_B.weight of linear layers are served")
     return key.removeprefix(_PREFIX)
 
 

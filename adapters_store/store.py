@@ -193,9 +193,8 @@ class AdapterStore:
         version = versions_of(self.objects, manifest.name).append(
             lambda number: encode(manifest.model_copy(update={"version": number})), after=max(deleted, default=0)
         )
-        if not self.objects.exists(
-            blob_key(manifest.blob)
-        ):  # gc took it for garbage just before the manifest was there
+        # a gc that began before the manifest was there may just have taken the blob for garbage
+        if not self.objects.exists(blob_key(manifest.blob)):
             self._blobs.put(data)
         return version
 

@@ -18,7 +18,7 @@ GRAPH: dict[str, Any] = {
 }
 
 
-def small_adapter(seed: int = 0) -> Adapter:
+def small_adapter(seed: int = 0, width: int = 8) -> Adapter:
     """Low rank at two sites and a head of two labels; another seed, other numbers."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -26,17 +26,17 @@ def small_adapter(seed: int = 0) -> Adapter:
         return torch.randn(shape, generator=generator)
 
     entries = [
-        Entry(f"encoder.layer.{i}.x", "lowrank", {"A": randn(2, 8), "B": randn(8, 2).half()}, {"scale": 2.0})
+        Entry(f"encoder.layer.{i}.x", "lowrank", {"A": randn(2, width), "B": randn(width, 2).half()}, {"scale": 2.0})
         for i in range(2)
     ]
-    head = Head(HeadSpec(labels=("a", "b"), tensors={}), {"weight": randn(2, 8), "bias": randn(2)})
+    head = Head(HeadSpec(labels=("a", "b"), tensors={}), {"weight": randn(2, width), "bias": randn(2)})
     return Adapter(entries, head)
 
 
-def publish(store: AdapterStore, name: str = "books", seed: int = 0, **facts: Any) -> Manifest:
+def publish(store: AdapterStore, name: str = "books", seed: int = 0, width: int = 8, **facts: Any) -> Manifest:
     """A small adapter in the store."""
     given = {"task": name, "kind": "lora", "backbone": BACKBONE} | facts
-    return store.publish(small_adapter(seed), name=name, **given)
+    return store.publish(small_adapter(seed, width), name=name, **given)
 
 
 def assert_same(one: Adapter, other: Adapter) -> None:

@@ -1,6 +1,7 @@
 """The encoder gives, for rows of any lengths side by side, what the model library gives for each row alone."""
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,6 +24,16 @@ from transformers import (
 
 from adapters_store.encoder import Encoder
 from tests.adapters_store.peft_cases import FAMILIES, GROUPED, SMALL, hidden_of
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tiny models: on a shared machine torch's threads wait for each other far longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 WINDOWED = {
     "mistral 16": MistralConfig(**GROUPED, sliding_window=16),

@@ -1,6 +1,7 @@
 """What PEFT saved answers here as it answers in PEFT: hidden states, logits, mixtures."""
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import AutoModel
 
 from adapters_store import adapter as adapters
 from adapters_store.encoder import Encoder
 from adapters_store.mixing import Mix
 from adapters_store.peft_format import Imported, read_folder, write_folder
+from adapters_store.peft_heads import LAYOUTS
 from adapters_store.primitives import cost
 from adapters_store.primitives import head as head_primitive
 from tests.adapters_store.peft_cases import (
@@ -31,6 +34,16 @@ from tests.adapters_store.peft_cases import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tiny models: on a shared machine torch's threads wait for each other far longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 FORMS = ["native", "dense", "fold"]
 VARIANTS = {
@@ -198,8 +211,28 @@ def _bare(saved: Saved) -> nn.Module:
     return classifier
 
 
-def test_heads_are_saved_for_every_family_that_is_known() -> None:
-    from adapters_store.peft_heads import LAYOUTS
+def test_a_pooler_that_the_classifier_leaves_out_is_not_missed(tmp_path: Path) -> None:
+    saved = save("roberta", tmp_path, lora("roberta", target_modules=["dense"]))
+    backbone = AutoModel.from_config(FAMILIES["roberta"])
+    missing = backbone.load_state_dict(saved.backbone.state_dict(), strict=False).missing_keys
+    assert {name.split(".")[0] for name in missing} == {"pooler"}
+    encoder = Saved(saved.peft, tmp_path, backbone, "roberta").encoder()
 
+    imported = _put(encoder, tmp_path)
+
+    _close(_logits(encoder, imported), logits_of(saved.peft, ROWS))
+
+
+def test_an_export_for_the_bare_backbone_loads(tmp_path: Path) -> None:
+    saved = save("bert", tmp_path / "in")
+    imported = read_folder(tmp_path / "in", saved.encoder().sites)
+
+    write_folder(tmp_path / "out", imported.adapter)
+
+    peft = load(saved.backbone, tmp_path / "out")
+    _close(hidden_of(peft, ROWS, "mean"), hidden_of(saved.peft.get_base_model().bert, ROWS, "mean"))
+
+
+def test_heads_are_saved_for_every_family_that_is_known() -> None:
     assert set(LAYOUTS) == set(FAMILIES)
     assert set(HEAD) <= set(LAYOUTS)

