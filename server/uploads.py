@@ -96,12 +96,9 @@ def _limits(service: Service) -> TensorLimits:
 def _read_peft(service: Service, files: dict[str, bytes]) -> Candidate:
     tensors = read_tensors(files["adapter_model.safetensors"], _limits(service))
     found = peft_format.read_parts(files["adapter_config.json"], tensors, service.backbone.encoder.sites)
-    head = found.adapter.head
-    if "head.json" in files:
-        given = read_tensors(files["head.safetensors"], _limits(service)) if "head.safetensors" in files else {}
-        head = peft_format.read_head(files["head.json"], given)
+    given = read_tensors(files["head.safetensors"], _limits(service)) if "head.safetensors" in files else None
+    adapter = peft_format.with_head(found.adapter, files.get("head.json"), given)
     provenance = {"format": "peft", "base_model": found.base_model}
-    adapter = Adapter(found.adapter.entries, head)
     return Candidate(adapter, "lora", found.hyperparameters, provenance, {}, _examples(files))
 
 

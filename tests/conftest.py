@@ -26,6 +26,7 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 def _one_seed() -> Iterator[None]:
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # tiny models: more threads only wait for each other
     yield
 
 

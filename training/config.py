@@ -154,12 +154,15 @@ def read_file(file: Path) -> dict[str, Any]:
     return value
 
 
+_ORDER = {"extra_forbidden": 0, "missing": 2}  # a misspelt setting explains a missing one
+
+
 def validate(model: type[Model], values: Mapping[str, Any], what: str = "setting") -> Model:
     """The model of these values. Raises ConfigError, which names the first thing that is wrong."""
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        first = error.errors()[0]
+        first = min(error.errors(), key=lambda e: _ORDER.get(e["type"], 1))
         name = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
             raise ConfigError(f"unknown {what} {name!r}; known are: {', '.join(model.model_fields)}") from error

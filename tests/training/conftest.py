@@ -80,7 +80,9 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = _interleaved(_intent(nouns) if task == "intent" else _sentiment(nouns))
         for split, part in (("train", rows[:40]), ("dev", rows[40:52]), ("test", rows[52:])):
             write_rows(folder / task / f"{split}.jsonl", part)
-    (folder / "intent" / "task.toml").write_text('family = "intent"\n[labels]\nsong = "music"\nlamp = "light"\nalarm = "time"\n')
+    (folder / "intent" / "task.toml").write_text(
+        'family = "intent"\n[labels]\nsong = "music"\nlamp = "light"\nalarm = "time"\n'
+    )
     return folder
 
 

@@ -176,7 +176,9 @@ def test_gradients_do_not_depend_on_the_token_budget(fit_config: MakeConfig) -> 
     found = []
     for budget in (16, 10_000):
         backward(backbone.encoder, [state.next_part() for state in states], budget)
-        found.append([t.grad.clone() for state in states for t in state.adapter.tensors().values() if t.grad is not None])
+        found.append(
+            [t.grad.clone() for state in states for t in state.adapter.tensors().values() if t.grad is not None]
+        )
         for state in states:
             state.optimizer.zero_grad(set_to_none=True)
 

@@ -29,7 +29,9 @@ def test_a_folder_of_tasks_is_read_in_order_with_lower_case_names(tmp_path: Path
 
 
 def test_dev_is_cut_from_train_stratified_and_the_same_every_time(tmp_path: Path) -> None:
-    write(tmp_path / "t" / "train.jsonl", [(f"a {i}", "no") for i in range(60)] + [(f"b {i}", "yes") for i in range(40)])
+    write(
+        tmp_path / "t" / "train.jsonl", [(f"a {i}", "no") for i in range(60)] + [(f"b {i}", "yes") for i in range(40)]
+    )
 
     task, again = read_task(tmp_path / "t"), read_task(tmp_path / "t")
     other = read_task(tmp_path / "t", Sampling(seed=1))
@@ -58,7 +60,13 @@ def test_leaks_and_repeated_texts_are_left_out_of_train(tmp_path: Path) -> None:
     (tmp_path / "t" / "meta.json").write_text(json.dumps({"train_rows_whose_text_is_also_in_test": [0, 3]}))
 
     # row 0 is left out by its number, so its copy in row 6 is the first occurrence
-    assert sorted(example.text for example in read_task(tmp_path / "t").train) == ["text 0", "text 1", "text 2", "text 4", "text 5"]
+    assert sorted(example.text for example in read_task(tmp_path / "t").train) == [
+        "text 0",
+        "text 1",
+        "text 2",
+        "text 4",
+        "text 5",
+    ]
 
 
 def test_examples_are_stratified_seeded_and_do_not_change_dev(tmp_path: Path) -> None:
@@ -80,7 +88,9 @@ def test_a_sample_gives_rare_labels_their_share() -> None:
 
 def test_task_toml_gives_texts_and_order_of_labels(tmp_path: Path) -> None:
     write(tmp_path / "t" / "train.jsonl", rows(10))
-    (tmp_path / "t" / "task.toml").write_text('description = "d"\nfamily = "f"\n[labels]\nyes = "it is"\nno = "it is not"\n')
+    (tmp_path / "t" / "task.toml").write_text(
+        'description = "d"\nfamily = "f"\n[labels]\nyes = "it is"\nno = "it is not"\n'
+    )
 
     task = read_task(tmp_path / "t")
 
@@ -134,7 +144,11 @@ def test_other_mistakes_say_what_to_do(tmp_path: Path) -> None:
 
 def test_a_bad_task_toml_is_named(tmp_path: Path) -> None:
     write(tmp_path / "t" / "train.jsonl", rows(4))
-    for text, expected in (("oops", "expected TOML"), ("colour = 1", "colour"), ("[labels]\nyes = 'y'", "label 'no' is not among")):
+    for text, expected in (
+        ("oops", "expected TOML"),
+        ("colour = 1", "colour"),
+        ("[labels]\nyes = 'y'", "label 'no' is not among"),
+    ):
         (tmp_path / "t" / "task.toml").write_text(text)
         with pytest.raises(DataError, match=expected):
             read_task(tmp_path / "t")

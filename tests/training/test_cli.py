@@ -1,0 +1,159 @@
+"""The command line as people meet it: help, printed settings, refusals of one line."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from training.cli import app
+from training.config import FitConfig
+from training.fit import fit
+
+COMMANDS = ["fit", "publish", "relate", "evaluate", "demo"]
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example_and_says_what_every_flag_does(command: str) -> None:
+    found = run(command, "--help")
+
+    assert found.exit_code == 0
+    assert f"espalier-train {command}" in found.stdout
+    assert "--config" in found.stdout
+    assert "--token-budget" in found.stdout or command == "publish"
+
+
+def test_every_setting_has_a_description() -> None:
+    from training import config
+
+    for name in ("FitConfig", "RelateConfig", "PublishConfig", "EvaluateConfig", "DemoConfig"):
+        for field, info in getattr(config, name).model_fields.items():
+            assert info.description, f"{name}.{field}"
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text('data = "d"\nepochs = 7\nlr = 0.5\n[hyperparameters]\nr = 4\n')
+
+    arguments = [
+        "--config",
+        str(file),
+        "--lr",
+        "0.25",
+        "--tasks",
+        "a,b",
+        "--one-by-one",
+        "--set",
+        "target_modules=q,up",
+    ]
+    found = run("fit", *arguments, "--print-config")
+
+    assert found.exit_code == 0
+    settings = json.loads(found.stdout)
+    assert settings["epochs"] == 7
+    assert settings["lr"] == 0.25
+    assert settings["tasks"] == ["a", "b"]
+    assert settings["one_by_one"] is True
+    assert settings["hyperparameters"] == {"target_modules": ["q", "up"]}
+    assert settings["batch_size"] == FitConfig(data=Path("d")).batch_size
+
+
+def test_printed_settings_are_a_config_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.json"
+    file.write_text(run("fit", "--data", "d", "--epochs", "3", "--print-config").stdout)
+
+    again = run("fit", "--config", str(file), "--print-config")
+
+    assert again.stdout == file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("epoch = 3", "unknown setting 'epoch'; known are: "),
+        ("epochs = 0", "setting 'epochs': "),
+        ("epochs =", "expected a readable TOML"),
+        ("", "setting 'data' is needed: give --data"),
+    ],
+)
+def test_a_bad_setting_is_one_line_and_status_2(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(text)
+
+    found = run("fit", "--config", str(file))
+
+    assert found.exit_code == 2
+    assert said in found.stderr
+    assert found.stderr.count("\n") == 1
+
+
+def test_an_unknown_flag_and_a_bad_value_are_usage_errors() -> None:
+    assert run("fit", "--learning-rate", "1").exit_code == 2
+    assert run("fit", "--epochs", "many").exit_code == 2
+    assert run("fit", "--set", "r").exit_code == 2
+
+
+def test_other_errors_are_one_line_and_status_1(tmp_path: Path) -> None:
+    for arguments in (
+        ["fit", "--data", str(tmp_path / "nowhere")],
+        ["publish", "--run", str(tmp_path)],
+        ["relate", "--run", str(tmp_path)],
+        ["evaluate", "--data", str(tmp_path), "--store", str(tmp_path / "store")],
+        ["fit", "--resume", "--runs", str(tmp_path)],
+    ):
+        found = run(*arguments)
+        assert found.exit_code == 1, arguments
+        assert found.stderr.startswith("error: ")
+        assert found.stderr.count("\n") == 1
+
+
+def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
+    fit_config: Callable[..., FitConfig], tmp_path: Path
+) -> None:
+    file = tmp_path / "c.json"
+    file.write_text(fit_config().model_dump_json())
+
+    found = run("fit", "--config", str(file), "--dry-run")
+
+    assert found.exit_code == 0
+    assert "books: 40 train, 12 dev, 2 labels" in found.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unknown_hyperparameters_and_kinds_are_refused(fit_config: Callable[..., FitConfig], tmp_path: Path) -> None:
+    file = tmp_path / "c.json"
+    file.write_text(fit_config().model_dump_json())
+
+    found = run("fit", "--config", str(file), "--set", "rank=3")
+    assert found.exit_code == 2
+    assert "unknown hyperparameter of lora 'rank'" in found.stderr
+    found = run("fit", "--config", str(file), "--kind", "magic")
+    assert found.exit_code == 1
+    assert "unknown kind 'magic'" in found.stderr
+
+
+def test_resume_finds_the_newest_unfinished_run_and_keeps_its_settings(
+    fit_config: Callable[..., FitConfig], tmp_path: Path
+) -> None:
+    def stop(done: int) -> None:
+        raise InterruptedError
+
+    config = fit_config(checkpoint_s=0)
+    with pytest.raises(InterruptedError):
+        fit(config, on_step=stop)
+    runs = str(config.runs)
+
+    refused = run("fit", "--resume", "--runs", runs, "--lr", "0.5")
+    assert refused.exit_code == 2
+    assert "where lr is 0.01, not 0.5" in refused.stderr
+    shown = run("fit", "--resume", "--runs", runs, "--print-config")
+    assert json.loads(shown.stdout) == config.model_dump(mode="json")
+    found = run("fit", "--resume", "--runs", runs)
+    assert found.exit_code == 0
+    assert "resumed" in found.stderr
+    assert (config.runs / "one" / "summary.json").is_file()
