@@ -101,7 +101,7 @@ def publish(
     given, adapter = read_folder(folder)
     published = AdapterStore(store).publish(
         adapter, name=name, task=task, kind=given.kind, backbone=given.backbone, hyperparameters=given.hyperparameters,
-        metrics=given.metrics, provenance=given.provenance, golden=given.golden, alias=alias, actor=_actor(),
+        metrics=given.metrics, provenance=given.provenance, golden=given.golden, alias=alias, actor=actor(),
     )  # fmt: skip
     typer.echo(f"published {published.reference} {published.digest}" + (f", {alias} points at it" if alias else ""))
 
@@ -114,7 +114,7 @@ def alias(
     store: StorePath = DEFAULT_STORE,
 ) -> None:
     """Point an alias at a version."""
-    AdapterStore(store).set_alias(name, alias, version, _actor())
+    AdapterStore(store).set_alias(name, alias, version, actor())
     typer.echo(f"{name}@{alias} is now {name}@{version}")
 
 
@@ -125,7 +125,7 @@ def rollback(
     store: StorePath = DEFAULT_STORE,
 ) -> None:
     """Point an alias back at the version it pointed at before; again to go further back."""
-    record = AdapterStore(store).rollback(name, alias, _actor())
+    record = AdapterStore(store).rollback(name, alias, actor())
     typer.echo(f"{name}@{alias} is now {name}@{record.version}")
 
 
@@ -139,7 +139,7 @@ def rm(reference: Ref, store: StorePath = DEFAULT_STORE) -> None:
         )
     opened = AdapterStore(store)
     manifest = opened.resolve(asked)
-    opened.delete(manifest.name, manifest.version, _actor())
+    opened.delete(manifest.name, manifest.version, actor())
     typer.echo(f"deleted {manifest.reference}")
 
 
@@ -184,7 +184,8 @@ def _console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
-def _actor() -> str:
+def actor() -> str:
+    """Who runs the command, for the history of aliases."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container may run under a number that has no name

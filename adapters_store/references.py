@@ -1,7 +1,7 @@
 """Names of adapters and references to their versions.
 
 A name is an identifier, never a path: `[a-z0-9][a-z0-9._-]{0,63}`.
-A reference is `books` (the latest version), `books@3`, `books@prod` or `books@sha256:<hex>`.
+A reference is `books` or `books@latest` (the latest version), `books@3`, `books@prod` or `books@sha256:<hex>`.
 """
 
 import re
@@ -42,7 +42,7 @@ def parse_reference(text: str) -> Reference:
     """What `books`, `books@3`, `books@prod` or `books@sha256:…` refers to. Raises InvalidNameError."""
     name, at, selector = text.partition("@")
     check_name(name)
-    if not at:
+    if not at or selector == "latest":
         return Reference(name)
     if _VERSION.match(selector):
         return Reference(name, version=int(selector))

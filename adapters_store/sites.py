@@ -37,6 +37,7 @@ class Site:
             if entry.primitive not in self.banks:
                 bank = primitive(entry.primitive).bank
                 self.banks[entry.primitive] = bank(self.place, self.owner.dtype, self.owner.device)
+                self.banks = dict(sorted(self.banks.items()))  # sums run in one order, whatever was loaded first
             self.banks[entry.primitive].put(slot, entry)
         if self.owner.keeps_reference:
             self.entries[slot] = list(entries)

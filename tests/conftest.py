@@ -9,12 +9,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, BertConfig
 from transformers.utils import logging as transformers_logging
 
 from adapters_store.packing import PACKED, no_mask, packed_attention
 
+settings.register_profile("espalier", deadline=None, derandomize=True)  # a busy machine is no failure
+settings.load_profile("espalier")
 transformers_logging.disable_progress_bar()
 AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, no_mask)

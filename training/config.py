@@ -57,9 +57,9 @@ class FitConfig(Machine):
     dev_fraction: float = Field(0.2, ge=0, lt=1, description="cut from train where a task has no dev.jsonl")
     max_dev: int = Field(100, ge=0, description="at most so many examples are cut from train")
     epochs: int = Field(5, ge=1, description="times each example is seen")
-    batch_size: int = Field(16, ge=1, description="examples per task and step")
+    batch_size: int = Field(8, ge=1, description="examples per task and step")
     lr: float = Field(2e-3, gt=0, description="learning rate of the adapters")
-    head_lr: float = Field(5e-3, gt=0, description="learning rate of the heads")
+    head_lr: float = Field(2e-2, gt=0, description="learning rate of the heads")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices only")
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps in which the learning rates rise from 0")
     schedule: Literal["linear", "constant"] = Field(

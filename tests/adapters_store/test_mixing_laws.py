@@ -127,18 +127,18 @@ def test_zero_weights_are_the_bare_backbone_bit_for_bit(encoder: Encoder, mix: M
 
 
 def test_zero_weights_keep_the_signs_of_zeros() -> None:
-    linear = nn.ModuleDict({"l": nn.Linear(4, 4)})
-    linear["l"].weight.data.zero_()
-    linear["l"].bias.data.fill_(-0.0)
-    sites = Sites(linear, 4)
-    sites.put(0, [strategies.lowrank(sites["l"].place, torch.Generator().manual_seed(0))])
-    batch = MixedBatch.of([(3, Mix((0,), np.zeros((1, 1), np.float32)))], 1)
+    one = strategies.OneSite.of(lambda: nn.Linear(4, 4))
+    one.place.module.weight.data.zero_()
+    one.place.module.bias.data.fill_(-0.0)
+    one.sites.put(0, [strategies.lowrank(one.place, torch.Generator().manual_seed(0))])
     x = -torch.ones(3, 4)
 
-    with torch.no_grad(), sites.mixing(batch):
-        found = linear["l"](x)
+    with torch.no_grad(), one.sites.mixing(MixedBatch.of([(3, _mix(s0=0.0))], 3)):
+        found = one.place.module(x)
 
-    assert_same_bits(found, torch.full((3, 4), -0.0) + x.abs() @ linear["l"].weight.mT * 0 - 0.0)
+    bare = one.place.module(x)
+    assert bare.signbit().all()
+    assert_same_bits(found, bare)
 
 
 def test_rows_without_a_mix_keep_their_bits_in_a_mixed_batch(encoder: Encoder) -> None:
@@ -324,7 +324,7 @@ def test_half_an_adapter_never_stays() -> None:
 
 def test_a_block_can_be_a_site(encoder: Encoder) -> None:
     name = {"BertModel": "encoder.layer.1", "LlamaModel": "layers.1", "GPT2Model": "h.1"}[type(encoder.model).__name__]
-    entry = Entry(name, "scale_shift", {"shift": torch.full((32,), 0.5)})
+    entry = Entry(name, "scale_shift", {"shift": torch.linspace(-1, 1, 32)})
     encoder.sites.check([entry])
     encoder.sites.put(41, [entry])
 

@@ -77,7 +77,7 @@ def test_what_is_no_name_is_refused_with_the_rule(name):
 @pytest.mark.parametrize(
     "text",
     [
-        *("books@", "books@0", "books@01", "books@1@2", "books@latest", "books@../x", "@1"),
+        *("books@", "books@0", "books@01", "books@1@2", "books@../x", "@1"),
         *("books@sha256:abc", "books@sha256:" + "0" * 65, "books@SHA256:" + "0" * 12),
     ],
 )
@@ -90,3 +90,7 @@ def test_what_is_no_reference_is_refused(text):
 def test_an_alias_cannot_be_taken_for_a_version(alias):
     with pytest.raises(InvalidNameError, match="numbers are versions, and 'latest' is implied"):
         check_alias(alias)
+
+
+def test_latest_is_the_bare_name() -> None:
+    assert parse_reference("books@latest") == parse_reference("books")

@@ -119,7 +119,7 @@ def test_changed_data_is_not_resumed(fit_config: MakeConfig, data_folder: Path, 
     with (copy / "books" / "train.jsonl").open("a") as file:
         file.write(json.dumps({"text": "a new one", "label": "positive"}) + "\n")
 
-    with pytest.raises(RunError, match="changed since it began .books"):
+    with pytest.raises(RunError, match=r"changed since it began \(books"):
         fit(config, resume=True)
 
 

@@ -236,11 +236,9 @@ def test_relate_writes_a_graph_that_a_server_can_use(fit_config: Callable[..., F
     store = AdapterStore(tmp_path / "store")
     publish(PublishConfig(run=run.folder, store=tmp_path / "store", tasks=("books", "intent")))
 
-    config = RelateConfig(run=run.folder, store=tmp_path / "store", view_weights={"transfer": 2}, knobs={"c": 0.5})
-    assert relate(config) == 1
-    assert (
-        relate(config.model_copy(update={"evidence": False, "neighbours": 1, "views": ("embedding", "weights")})) == 2
-    )
+    where = {"run": run.folder, "store": tmp_path / "store"}
+    assert relate(RelateConfig(**where, view_weights={"transfer": 2}, knobs={"c": 0.5})) == 1
+    assert relate(RelateConfig(**where, evidence=False, neighbours=1, views=("embedding", "weights"))) == 2
 
     graph = RelationGraph.from_json(store.graph(1)[1])
     assert graph.knobs.c == 0.5
