@@ -56,10 +56,10 @@ fmt: setup ## format and fix what can be fixed
 
 bench: setup ## cost of composing over the bare backbone, next to PEFT; writes tests/bench/results/forward.jsonl
 	$(BIN)/python -W ignore -m tests.bench.forward
-	$(BIN)/python -W ignore -m tests.bench.http
+	$(BIN)/python -W ignore -m tests.bench.end_to_end
 
 bench-http: setup ## the server end to end over HTTP, next to its engine alone
-	$(BIN)/python -W ignore -m tests.bench.http
+	$(BIN)/python -W ignore -m tests.bench.end_to_end
 
 bench-fdu: setup ## train and serve the 16 tasks of ../shared/data/fdu_mtl; writes tests/bench/results/fdu.jsonl
 	$(BIN)/python -W ignore -m tests.bench.fdu

@@ -13,7 +13,7 @@ from safetensors.torch import save
 
 from adapters_store.adapter import Adapter, check, pack, unpack
 from adapters_store.encoder import Encoder
-from adapters_store.manifest import GoldenExample, Manifest, digest_of
+from adapters_store.manifest import Backbone, GoldenExample, Manifest, digest_of
 from adapters_store.mixing import Mix
 from adapters_store.primitives import head as head_primitive
 from adapters_store.primitives.head import Head
@@ -47,7 +47,7 @@ def read(folder: Path) -> tuple[Manifest, Adapter]:
 
 def manifest_of(
     adapter: Adapter,
-    backbone: LoadedBackbone,
+    fingerprint: Backbone,
     task: Task,
     *,
     kind: str,
@@ -61,7 +61,7 @@ def manifest_of(
     blob = save(packed.tensors)
     return Manifest(
         name=task.name, version=1, task=task.name, kind=kind, hyperparameters=dict(hyperparameters),
-        sites=packed.sites, tensors=packed.specs, head=packed.head, backbone=backbone.fingerprint,
+        sites=packed.sites, tensors=packed.specs, head=packed.head, backbone=fingerprint,
         blob=digest_of(blob), size_bytes=len(blob), metrics=dict(metrics), provenance=dict(provenance),
         golden=tuple(golden), created_at=datetime.datetime.now(datetime.UTC),
     )  # fmt: skip

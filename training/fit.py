@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from adapters_store.kinds import kind as kind_of
+from adapters_store.manifest import Backbone
 from training import checkpoint, curve, export, loop, step
 from training.backbone import LoadedBackbone, load
 from training.config import FitConfig, validate
@@ -136,22 +137,25 @@ def finish(
     run: Run, config: FitConfig, backbone: LoadedBackbone, tasks: Sequence[Task], states: Sequence[TaskState]
 ) -> None:
     """Export the best epoch of every task, draw the curve, write the summary, let the checkpoint go."""
+    trained_on = backbone.fingerprint
     if config.dtype != "float32":  # golden examples are promised in float32
         backbone = load(config.backbone, "float32", config.device)
     for task, state in zip(tasks, states, strict=True):
         if state.best:
             state.adapter.load(state.best.tensors)
-        _export(run, config, backbone, task, state)
+        _export(run, config, backbone, trained_on, task, state)
     curve.draw(run.metrics(), run.folder / "learning_curve.png")
     run.write("summary.json", _summary(config, states))
     shutil.rmtree(run.checkpoints, ignore_errors=True)
 
 
-def _export(run: Run, config: FitConfig, backbone: LoadedBackbone, task: Task, state: TaskState) -> None:
+def _export(
+    run: Run, config: FitConfig, backbone: LoadedBackbone, trained_on: Backbone, task: Task, state: TaskState
+) -> None:
     adapter = state.adapter.adapter()
     manifest = export.manifest_of(
         adapter,
-        backbone,
+        trained_on,
         task,
         kind=config.kind,
         hyperparameters=state.adapter.config.model_dump(mode="json"),

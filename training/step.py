@@ -146,7 +146,7 @@ def score(encoder: Encoder, parts: Sequence[Part], token_budget: int) -> list[Sc
 def _score(part: Part, pooled: Tensor) -> Score:
     logits = part.adapter.logits(pooled)
     targets = torch.tensor(part.texts.targets, device=logits.device)
-    right = (logits.argmax(dim=-1) == targets).float().mean()
+    right = (logits.argmax(dim=-1) == targets).double().mean()
     return Score(float(right), float(F.cross_entropy(logits, targets)))
 
 

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from adapters_store.kinds import KINDS
+from training import export
 from training import fit as fit_module
-from training.backbone import LoadedBackbone
+from training.backbone import LoadedBackbone, load
 from training.config import FitConfig
 from training.errors import DivergedError, RunError
 from training.export import read
@@ -155,6 +156,16 @@ def test_a_decoder_trains_with_last_token_pooling(fit_config: MakeConfig, gpt2_f
     assert manifest.head.pooling == "last"
     losses = [line["loss"] for line in run.metrics() if "loss" in line]
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_bfloat16_backbone_trains_float32_adapters_with_float32_golden_logits(fit_config: MakeConfig) -> None:
+    run = fit(fit_config(dtype="bfloat16", tasks=("books",)))
+
+    manifest, adapter = read(run.adapters / "books")
+    assert manifest.backbone.dtype == "bfloat16"
+    assert {tensor.dtype for entry in adapter.entries for tensor in entry.tensors.values()} == {torch.float32}
+    again = export.logits(load(fit_config().backbone), adapter, [example.text for example in manifest.golden])
+    torch.testing.assert_close(again, torch.tensor([example.logits for example in manifest.golden]))
 
 
 def test_patience_stops_a_task_early(fit_config: MakeConfig) -> None:
