@@ -27,7 +27,7 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 setup: $(VENV)/.ready ## make the virtual environment from the lock file
 
 demo: setup ## train the demo's tasks (the first time), then serve them on http://127.0.0.1:8000
-	$(BIN)/python -m training demo --store $(STORE) --url http://$(HOST):$(PORT) $(if $(BACKBONE),--backbone $(BACKBONE))
+	$(BIN)/python -m training demo --store $(STORE) $(if $(BACKBONE),--backbone $(BACKBONE))
 	$(BIN)/python -m server --store $(STORE) --host $(HOST) --port $(PORT) $(if $(BACKBONE),--backbone $(BACKBONE))
 
 serve: setup ## serve the store (STORE=, PORT=, BACKBONE=)

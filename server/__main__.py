@@ -1,17 +1,22 @@
 """`python -m server` / `espalier-serve`: settings, service, uvicorn."""
 
-import json
 import logging
+import signal
 import sys
+from types import FrameType
+from typing import Never
 
 import uvicorn
 from pydantic import ValidationError
-from pydantic_settings import CliApp
+from pydantic_settings import CliApp, SettingsError
 
 from adapters_store.errors import EspalierError
+from server import logs
 from server.app import make_app
 from server.config import Settings, check_environment
+from server.protocol import BoundedHeaders
 from server.service import Service
+from server.welcome import welcome
 
 log = logging.getLogger("espalier")
 
@@ -19,57 +24,63 @@ log = logging.getLogger("espalier")
 def main(arguments: list[str] | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C; exit 2 for settings that cannot be, 1 for a backbone or store that cannot."""
     settings = _settings(sys.argv[1:] if arguments is None else arguments)
-    _configure_logging(settings.log_format)
+    logs.configure(settings.log_format)
     sys.setswitchinterval(0.0005)  # the forward's thread asks for the GIL between operators; 5 ms would stall it
+    for stop in (signal.SIGTERM, signal.SIGINT):  # before serving, and raised again by uvicorn once it has drained
+        signal.signal(stop, lambda *_: sys.exit(0))
     try:
-        app = make_app(Service(settings))
+        service = Service(settings)
+        app = make_app(service, on_ready=lambda ready: print(welcome(ready), flush=True))  # noqa: T201
     except (EspalierError, ValueError, OSError) as error:
         sys.exit(f"espalier-serve: {error}")
-    uvicorn.run(
-        app, host=settings.host, port=settings.port, log_config=None, access_log=False, loop="auto", http="httptools",
-        timeout_graceful_shutdown=max(1, int(settings.drain_s)), lifespan="on", server_header=False,
+    config = uvicorn.Config(
+        app, host=settings.host, port=settings.port, log_config=None, access_log=False, loop="auto",
+        http=BoundedHeaders, timeout_graceful_shutdown=max(1, int(settings.drain_s)), lifespan="on",
+        server_header=False,
     )  # fmt: skip
+    server = Draining(config, service)
+    server.run()
+    if not server.started:  # uvicorn has logged why
+        sys.exit(1)
+
+
+class Draining(uvicorn.Server):
+    """A server that tells /ready of the signal at once, while what was admitted is being finished."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """SIGTERM or SIGINT came."""
+        self._service.unready = "draining"
+        super().handle_exit(sig, frame)
 
 
 def _settings(arguments: list[str]) -> Settings:
     try:
         check_environment()
         settings = CliApp.run(Settings, cli_args=arguments)
-    except (ValidationError, ValueError) as error:
-        print(f"espalier-serve: {error}", file=sys.stderr)  # noqa: T201  # before logging is set up
-        sys.exit(2)
+    except ValidationError as error:
+        _refuse("; ".join(_said(one["loc"], one["msg"]) for one in error.errors()))
+    except (ValueError, SettingsError) as error:
+        _refuse(str(error))
     if not settings.is_loopback and settings.api_keys is None:
-        print(  # noqa: T201
-            f"espalier-serve: --host {settings.host} would let anyone on the network use and administer this server; "
-            "give --api-keys FILE (python -m server.keys makes one), or stay on 127.0.0.1", file=sys.stderr,
-        )  # fmt: skip
-        sys.exit(2)
+        _refuse(
+            f"--host {settings.host} would let anyone on the network use and administer this server; "
+            "give --api-keys FILE (python -m server.keys makes one), or stay on 127.0.0.1"
+        )
     return settings
 
 
-class JsonLines(logging.Formatter):
-    """One JSON object per line; `key=value` words of the message become keys."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The line."""
-        event, *words = record.getMessage().split(" ")
-        keys = dict(word.split("=", 1) for word in words if "=" in word)
-        rest = " ".join(word for word in words if "=" not in word)
-        line = {"time": self.formatTime(record), "level": record.levelname, "logger": record.name, "event": event} | keys
-        if rest:
-            line["detail"] = f"{line.get('detail', '')} {rest}".strip()
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line)
+def _said(where: tuple[int | str, ...], message: str) -> str:
+    name = str(where[0]) if where else "settings"
+    return f"--{name.replace('_', '-')} (ESPALIER_{name.upper()}): {message}"
 
 
-def _configure_logging(log_format: str) -> None:
-    handler = logging.StreamHandler()
-    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s")
-    handler.setFormatter(JsonLines() if log_format == "json" else text)
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    for noisy in ("httpx", "huggingface_hub", "transformers"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+def _refuse(why: str) -> Never:
+    print(f"espalier-serve: {why}", file=sys.stderr)  # before logging is set up
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The ASGI application: routes over one Service."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 
@@ -18,7 +18,7 @@ from server.service import Service
 MAX_BODY_BYTES = 16 * 2**20  # of a JSON body; uploads and graphs have their own limits
 
 
-def make_app(service: Service) -> FastAPI:
+def make_app(service: Service, on_ready: Callable[[Service], None] = lambda _: None) -> FastAPI:
     """The application of a service, which starts and stops with it. Raises ValueError for an unusable key file."""
     settings: Settings = service.settings
     keys = Keys.read(settings.api_keys)
@@ -26,6 +26,7 @@ def make_app(service: Service) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.start()
+        on_ready(service)
         yield
         await service.stop()
 
@@ -34,7 +35,13 @@ def make_app(service: Service) -> FastAPI:
         version=_version(), lifespan=lifespan, max_body_size=MAX_BODY_BYTES, responses=DOCUMENTED, redoc_url=None,
     )  # fmt: skip
     app.state.service = service
-    for router in (infer.router, adapters.make_router(settings.max_upload_mb), graph.router, openai.router, health.router):
+    for router in (
+        infer.router,
+        adapters.make_router(settings.max_upload_mb),
+        graph.router,
+        openai.router,
+        health.router,
+    ):
         app.include_router(router)
     app.mount("/console", StaticFiles(directory=health.CONSOLE), name="console")
     replies.install(app)

@@ -1,9 +1,11 @@
 """Loads the frozen backbone and its tokenizer, once."""
 
+import copy
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, AutoTokenizer
@@ -23,8 +25,12 @@ class Served:
     folder: Path
     fingerprint: Backbone
     encoder: Encoder
-    tokenizer: Any
+    tokenizer: Any  # for the event loop's thread only: a call sets its limits on the object
     default_pooling: str
+    bulk: "BulkTokenizer" = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bulk", BulkTokenizer(copy.deepcopy(self.tokenizer), threading.Lock()))
 
     @property
     def max_length(self) -> int:
@@ -32,15 +38,33 @@ class Served:
         return min(self.encoder.max_length, int(self.tokenizer.model_max_length))
 
     def tokenize(self, texts: Sequence[str], max_lengths: Sequence[int | None]) -> list[list[int]]:
-        """Token ids of each text, cut to its own limit and the backbone's. Thread-safe."""
-        limits = [min(limit or self.max_length, self.max_length) for limit in max_lengths]
-        rows: list[list[int]] = [[] for _ in texts]
-        for limit in set(limits):
-            chosen = [i for i, mine in enumerate(limits) if mine == limit]
-            ids = self.tokenizer([texts[i] for i in chosen], truncation=True, max_length=limit)["input_ids"]
-            for i, row in zip(chosen, ids, strict=True):
-                rows[i] = row
-        return rows
+        """Token ids of each text, cut to its own limit and the backbone's. For the event loop's thread."""
+        return _tokenize(self.tokenizer, texts, self._limits(max_lengths))
+
+    def tokenize_many(self, texts: Sequence[str], max_lengths: Sequence[int | None]) -> list[list[int]]:
+        """The same for any other thread; calls take turns."""
+        with self.bulk.turn:
+            return _tokenize(self.bulk.tokenizer, texts, self._limits(max_lengths))
+
+    def _limits(self, max_lengths: Sequence[int | None]) -> list[int]:
+        return [min(limit or self.max_length, self.max_length) for limit in max_lengths]
+
+
+class BulkTokenizer(NamedTuple):
+    """A tokenizer of its own for worker threads: one object would cut one thread's texts to another's limit."""
+
+    tokenizer: Any
+    turn: threading.Lock
+
+
+def _tokenize(tokenizer: Any, texts: Sequence[str], limits: Sequence[int]) -> list[list[int]]:
+    rows: list[list[int]] = [[] for _ in texts]
+    for limit in set(limits):
+        chosen = [i for i, mine in enumerate(limits) if mine == limit]
+        ids = tokenizer([texts[i] for i in chosen], truncation=True, max_length=limit)["input_ids"]
+        for i, row in zip(chosen, ids, strict=True):
+            rows[i] = row
+    return rows
 
 
 def load(name: str | None, dtype: str, device: str) -> Served:

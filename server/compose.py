@@ -99,7 +99,9 @@ class Composer:
         head = self._head(ask, catalog)
         parts = _merged(self._versions(ask, mode, catalog))
         if len(parts) > self.max_adapters:
-            raise TooManyAdaptersError(f"{len(parts)} adapters for one row; at most {self.max_adapters} (--max-adapters)")
+            raise TooManyAdaptersError(
+                f"{len(parts)} adapters for one row; at most {self.max_adapters} (--max-adapters)"
+            )
         return Composed(mode, ask.task or (ask.head if head else None), catalog.graph_version, parts, head)
 
     def _versions(self, ask: Ask, mode: Mode, catalog: Catalog) -> list[Part]:
@@ -107,7 +109,9 @@ class Composer:
         if mode == "none":
             return []
         if mode == "explicit" and ask.adapters is None:
-            raise InvalidCompositionError("mode 'explicit' needs 'adapters', for example {'books@3': 0.8, 'music': 0.2}")
+            raise InvalidCompositionError(
+                "mode 'explicit' needs 'adapters', for example {'books@3': 0.8, 'music': 0.2}"
+            )
         if ask.adapters is not None:
             given = composition.explicit(dict(ask.adapters), self.num_layers)
             return [(catalog.resolve(ref), weights) for ref, weights in given.items()]
@@ -132,11 +136,11 @@ class Composer:
             return None
         asked = ask.head or ask.task
         if asked is None:
-            raise NoHeadError("say whose head answers: \"head\": \"books\" (a task, or an adapter reference)")
+            raise NoHeadError('say whose head answers: "head": "books" (a task, or an adapter reference)')
         known = asked in catalog.adapter_of_task or (catalog.graph is not None and asked in catalog.graph.nodes)
-        manifest = catalog.manifest_of_task(asked) if known or "@" not in asked and ask.task else catalog.resolve(asked)
+        manifest = catalog.manifest_of_task(asked) if known or ("@" not in asked and ask.task) else catalog.resolve(asked)
         if manifest.head is None:
-            raise NoHeadError(f"{manifest.reference} has no head, so it cannot classify; name another in \"head\"")
+            raise NoHeadError(f'{manifest.reference} has no head, so it cannot classify; name another in "head"')
         return manifest
 
 

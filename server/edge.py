@@ -1,24 +1,28 @@
 """The outermost layer: request ids, keys, latency, one log line per request. Plain ASGI, so it costs microseconds.
 
-Keys are checked here and denied by default: only PUBLIC paths go without one.
+Keys are checked here and denied by default: only PUBLIC paths go without one. What no handler foresaw ends here as a
+500 with the request's id, and its traceback in the log.
 """
 
-import json
 import logging
 import re
 import time
 import uuid
 from typing import Any
 
+from pydantic_core import to_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ServerError, openai_error, problem, status_of
+from server import logs
+from server.errors import HeadersTooLargeError, ServerError, UnforeseenError, openai_error, problem, status_of
 from server.metrics import Metrics
 from server.security import Keys
 from server.security import Scope as KeyScope
 
 log = logging.getLogger("espalier.request")
 PUBLIC = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json"})
+MAX_HEADER_BYTES = 64 * 2**10  # request line and headers together
+_QUIET = frozenset({"/health", "/ready", "/metrics"})
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}\Z")
 _OPENAI = ("/v1/embeddings", "/v1/models", "/v1/completions", "/v1/chat")
 
@@ -44,11 +48,11 @@ class Edge:
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection's request."""
+        """Serve one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, seen = time.perf_counter(), {"status": 500}
+        start, seen = time.perf_counter(), {"status": 0}
         state = scope.setdefault("state", {})
         state["request_id"] = request_id = _request_id(scope)
 
@@ -59,33 +63,45 @@ class Edge:
             await send(message)
 
         try:
-            refused = self._authenticate(scope, state)
-            if refused is None:
-                await self._app(scope, receive, send_with_id)
-            else:
-                await _send_error(send_with_id, scope, refused, request_id)
-        finally:
-            self._note(scope, seen["status"], time.perf_counter() - start, request_id)
-
-    def _authenticate(self, scope: Scope, state: dict[str, Any]) -> ServerError | None:
-        path = scope["path"]
-        if path in PUBLIC or path.startswith("/console/"):
-            return None
-        header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        try:
-            state["key"] = self._keys.check(header.decode("latin-1"), needed_scope(scope["method"], path))
+            self._admit(scope, state)
+            await self._app(scope, receive, send_with_id)
         except ServerError as error:
-            return error
-        return None
+            await _send_error(send_with_id, scope, error, request_id)
+        except Exception as error:  # noqa: BLE001  # nobody foresaw it; the client must have an answer all the same
+            logs.note(log, "unforeseen", logging.ERROR, id=request_id, path=_route(scope), trace=logs.trace_of(error))
+            if not seen["status"]:
+                unforeseen = UnforeseenError("an error that the server did not foresee; its log has the request id")
+                await _send_error(send_with_id, scope, unforeseen, request_id)
+        finally:
+            self._note(scope, seen["status"] or 499, time.perf_counter() - start)
 
-    def _note(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
-        route = scope.get("route")
-        endpoint = getattr(route, "path", "unknown")  # the template, so that names in paths make no new labels
+    def _admit(self, scope: Scope, state: dict[str, Any]) -> None:
+        """Put the caller's key into the state. Raises UnauthorizedError, ForbiddenError or HeadersTooLargeError."""
+        path = scope["path"]
+        if len(scope["query_string"]) + sum(len(n) + len(v) for n, v in scope["headers"]) > MAX_HEADER_BYTES:
+            raise HeadersTooLargeError(f"query and headers exceed {MAX_HEADER_BYTES} bytes")
+        if path in PUBLIC or path.startswith("/console/"):
+            return
+        header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        state["key"] = self._keys.check(header.decode("latin-1"), needed_scope(scope["method"], path))
+
+    def _note(self, scope: Scope, status: int, seconds: float) -> None:
+        endpoint = _route(scope)
         self._metrics.requests.labels(endpoint, str(status)).inc()
         self._metrics.latency.labels(endpoint).observe(seconds)
-        if log.isEnabledFor(logging.INFO) and endpoint not in ("/health", "/ready", "/metrics"):
-            log.info("request method=%s endpoint=%s status=%d ms=%.1f id=%s", scope["method"], endpoint, status,
-                     1e3 * seconds, request_id)  # fmt: skip
+        if endpoint in _QUIET:
+            return
+        state = scope["state"]
+        facts = {"key": state["key"].name} if "key" in state else {}
+        logs.note(
+            log, "request", method=scope["method"], endpoint=endpoint, status=status, ms=round(1e3 * seconds, 1),
+            id=state["request_id"], **facts, **state.get("facts", {}),
+        )  # fmt: skip
+
+
+def _route(scope: Scope) -> str:
+    """The route's template, so that names in paths make no new labels and no log entries."""
+    return str(getattr(scope.get("route"), "path", "unknown"))
 
 
 def _request_id(scope: Scope) -> str:
@@ -100,6 +116,8 @@ async def _send_error(send: Send, scope: Scope, error: ServerError, request_id: 
         body, media = openai_error(status, error.code, str(error)), b"application/json"
     else:
         body, media = problem(status, error.code, str(error), request_id), b"application/problem+json"
-    headers = [(b"content-type", media)] + ([(b"www-authenticate", b"Bearer")] if status == 401 else [])
+    content = to_json(body)
+    headers = [(b"content-type", media), (b"content-length", str(len(content)).encode())]
+    headers += [(b"www-authenticate", b"Bearer")] if status == 401 else []
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps(body).encode()})
+    await send({"type": "http.response.body", "body": content})

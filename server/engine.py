@@ -51,11 +51,15 @@ class Engine:
     def _prepare(self) -> None:
         if self._threads:
             torch.set_num_threads(self._threads)
-        torch.set_grad_enabled(False)  # noqa: FBT003  # torch's own signature; per thread
+        torch.set_grad_enabled(False)  # per thread
 
     async def run(self, call: Callable[[], Result]) -> Result:
         """What call gives, run between forwards."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+
+    def post(self, call: Callable[[], object]) -> None:
+        """Have call run between forwards, in the order of asking, without waiting for it."""
+        self._thread.submit(call)
 
     def forward(self, rows: Sequence[Row]) -> Forwarded:
         """Answers of rows in one pass of the backbone. Call through `run`."""

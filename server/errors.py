@@ -3,11 +3,17 @@
 ServerError
 ├── OverloadedError        the queue is full; try again
 ├── DrainingError          the server is stopping
+├── HeadersTooLargeError   more bytes before the body than anybody needs
 ├── UnauthorizedError      no key, or an unknown one
 ├── ForbiddenError         a key without the scope or the task
 ├── PreconditionError      If-Match names another version than the current one
 ├── TooManyAdaptersError   one request needs more adapters than there are slots
-└── NoHeadError            the task's adapter has no head to answer with
+├── NoHeadError            the task's adapter has no head to answer with
+├── ModelNotFoundError     OpenAI's `model` is neither the backbone, nor a task, nor an adapter
+├── BadInputError          an input that is well formed but cannot be answered
+├── NotFiniteAnswerError   a composition whose numbers left what the dtype can hold
+├── BatchFailedError       the forward pass of the row's batch failed
+└── UnforeseenError        our fault; the log says more
 """
 
 from typing import Any
@@ -34,6 +40,12 @@ class DrainingError(ServerError):
     """The server is stopping and takes nothing new."""
 
     code = "draining"
+
+
+class HeadersTooLargeError(ServerError):
+    """More bytes in query and headers than the server reads."""
+
+    code = "headers_too_large"
 
 
 class UnauthorizedError(ServerError):
@@ -72,6 +84,30 @@ class BadInputError(ServerError):
     code = "invalid_input"
 
 
+class ModelNotFoundError(ServerError):
+    """`model` names nothing that the server has."""
+
+    code = "model_not_found"
+
+
+class NotFiniteAnswerError(ServerError):
+    """A composition gave NaN or infinity."""
+
+    code = "not_finite_answer"
+
+
+class BatchFailedError(ServerError):
+    """The forward pass that a row was in failed."""
+
+    code = "forward_failed"
+
+
+class UnforeseenError(ServerError):
+    """Anything that no other class says."""
+
+    code = "internal"
+
+
 # The most specific class listed wins.
 STATUS: dict[type[Exception], int] = {
     store.EspalierError: 500,
@@ -84,18 +120,24 @@ STATUS: dict[type[Exception], int] = {
     BackboneNotFoundError: 500,
     OverloadedError: 429,
     DrainingError: 503,
+    HeadersTooLargeError: 431,
     UnauthorizedError: 401,
     ForbiddenError: 403,
     PreconditionError: 412,
     TooManyAdaptersError: 422,
     NoHeadError: 422,
+    ModelNotFoundError: 404,
     BadInputError: 422,
+    NotFiniteAnswerError: 422,
+    BatchFailedError: 500,
+    UnforeseenError: 500,
 }
 
 TITLES = {
     400: "Bad request", 401: "Unauthorized", 403: "Forbidden", 404: "Not found", 405: "Method not allowed",
     409: "Conflict", 412: "Precondition failed", 413: "Too large", 415: "Unsupported media type",
-    422: "Cannot be processed", 429: "Too many requests", 500: "Internal error", 503: "Unavailable",
+    422: "Cannot be processed", 429: "Too many requests", 431: "Headers too large", 499: "Client left",
+    500: "Internal error", 503: "Unavailable",
 }  # fmt: skip
 
 

@@ -59,7 +59,9 @@ async def prove(service: "Service", adapter: Adapter, examples: Sequence[GoldenE
     _compare(service, shown, done, name)
 
 
-def _rows(service: "Service", examples: Sequence[GoldenExample], limit: int | None, row: Callable[[Sequence[int]], Row]) -> list[Row]:
+def _rows(
+    service: "Service", examples: Sequence[GoldenExample], limit: int | None, row: Callable[[Sequence[int]], Row]
+) -> list[Row]:
     ids = service.backbone.tokenize([example.text for example in examples], [limit] * len(examples))
     return [row(tokens) for tokens in ids]
 
@@ -69,7 +71,9 @@ def _compare(service: "Service", examples: Sequence[GoldenExample], done: Forwar
     for index, (example, found) in enumerate(zip(examples, done.outputs, strict=False)):
         expected = np.array(example.logits)
         if len(found) != len(expected):
-            raise GoldenError(f"golden example {index} of {name} has {len(expected)} logits, the head gives {len(found)}")
+            raise GoldenError(
+                f"golden example {index} of {name} has {len(expected)} logits, the head gives {len(found)}"
+            )
         if float(np.abs(np.array(found) - expected).max()) > tolerance * max(1.0, float(np.abs(expected).max())):
             raise GoldenError(
                 f"golden example {index} of {name}: expected logits {_short(expected)}, got {_short(found)}; "

@@ -1,5 +1,6 @@
 """One call, from its inputs to its outputs: compose, tokenize, lease, run, label."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,9 @@ from adapters_store.manifest import HeadSpec
 from adapters_store.mixing import Mix
 from server.compose import Ask, Composed
 from server.engine import Row
-from server.errors import BadInputError, ForbiddenError
+from server.errors import BadInputError, ForbiddenError, NotFiniteAnswerError
 from server.residency import Lease
-from server.scheduler import Answer
+from server.scheduler import Admission, Answer
 from server.schemas import InferRequest, Input, Options, Weight
 from server.service import Service
 
@@ -111,22 +112,26 @@ def check_allowed(composed: Composed, allowed: frozenset[str] | None) -> None:
 async def run(service: Service, asked: Sequence[Asked]) -> Answered:
     """Answers of rows; those that fit on the device together run together."""
     ids = await _tokenize(service, asked)
+    tokens = sum(map(len, ids))
     answers: list[Answer] = []
-    for start, end in _spans(asked, service.settings.slots):
-        answers += await _run_span(service, asked[start:end], ids[start:end])
-    return Answered(answers, sum(map(len, ids)))
+    with service.scheduler.admitted(tokens) as admission:
+        for start, end in _spans(asked, service.settings.slots):
+            answers += await _run_span(service, asked[start:end], ids[start:end], admission)
+    return Answered(answers, tokens)
 
 
 async def _tokenize(service: Service, asked: Sequence[Asked]) -> list[Sequence[int]]:
+    """Token ids of each row. Raises BadInputError for a text that has none."""
     texts = [row.text for row in asked if row.ids is None]
     limits = [row.max_length for row in asked if row.ids is None]
-    if not texts:
-        return [row.ids or () for row in asked]
     if sum(map(len, texts)) < 20_000:  # a short call is tokenized faster than handed to a thread
         found = iter(service.backbone.tokenize(texts, limits))
     else:
-        found = iter(await service.work(lambda: service.backbone.tokenize(texts, limits)))
-    return [row.ids if row.ids is not None else next(found) for row in asked]
+        found = iter(await service.work(lambda: service.backbone.tokenize_many(texts, limits)))
+    ids = [row.ids if row.ids is not None else next(found) for row in asked]
+    if not all(ids):
+        raise BadInputError("a text is empty, and this backbone's tokenizer makes no tokens of it")
+    return ids
 
 
 def _spans(asked: Sequence[Asked], num_slots: int) -> list[tuple[int, int]]:
@@ -142,7 +147,10 @@ def _spans(asked: Sequence[Asked], num_slots: int) -> list[tuple[int, int]]:
     return [*spans, (start, len(asked))]
 
 
-async def _run_span(service: Service, asked: Sequence[Asked], ids: Sequence[Sequence[int]]) -> list[Answer]:
+async def _run_span(
+    service: Service, asked: Sequence[Asked], ids: Sequence[Sequence[int]], admission: Admission
+) -> list[Answer]:
+    """Answers of rows whose adapters fit on the device together."""
     manifests = {manifest.digest: manifest for row in asked for manifest in row.composed.manifests}
     lease = await service.residency.lease(list(manifests.values()))
     try:
@@ -154,9 +162,19 @@ async def _run_span(service: Service, asked: Sequence[Asked], ids: Sequence[Sequ
                 mixes[key] = mix_of(row.composed, lease)
                 _count(service, row.composed)
             rows.append(Row(tokens, mixes[key], row.pooling, lease.head(row.composed.head)))
-        return await service.scheduler.submit(rows)
+        answers = await service.scheduler.submit(rows, admission)
     finally:
         service.residency.release(lease)
+    for row, answer in zip(asked, answers, strict=True):
+        _check_finite(row, answer)
+    return answers
+
+
+def _check_finite(row: Asked, answer: Answer) -> None:
+    """Refuse to answer with NaN or infinity."""
+    if not all(map(math.isfinite, answer.values)):
+        named = ", ".join(manifest.reference for manifest, _ in row.composed.parts) or "the bare backbone"
+        raise NotFiniteAnswerError(f"{named} gives NaN or infinity: the weights, or the adapters, are too large")
 
 
 def mix_of(composed: Composed, lease: Lease) -> Mix | None:

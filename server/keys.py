@@ -22,7 +22,12 @@ def make(
 ) -> None:
     """Make a key, add its hash to the file, print the key."""
     key = "esp-" + secrets.token_urlsafe(32)
-    entry = {"name": name, "sha256": hashlib.sha256(key.encode()).hexdigest(), "scopes": scope or ["infer"], "tasks": task}
+    entry = {
+        "name": name,
+        "sha256": hashlib.sha256(key.encode()).hexdigest(),
+        "scopes": scope or ["infer"],
+        "tasks": task,
+    }
     known = json.loads(file.read_text())["keys"] if file.exists() else []
     checked = KeyFile.model_validate({"keys": [*known, entry]})
     beside = file.with_suffix(".tmp")

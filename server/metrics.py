@@ -17,27 +17,33 @@ class Metrics:
         self.registry = CollectorRegistry()
         r = self.registry
         self.requests = Counter("espalier_requests", "HTTP requests", ["endpoint", "status"], registry=r)
-        self.latency = Histogram(
-            "espalier_request_seconds", "HTTP latency", ["endpoint"], registry=r, buckets=_LATENCY
-        )
+        self.latency = Histogram("espalier_request_seconds", "HTTP latency", ["endpoint"], registry=r, buckets=_LATENCY)
         self.rows = Counter("espalier_rows", "rows answered", registry=r)
         self.rows_skipped = Counter("espalier_rows_skipped", "rows skipped because the client had left", registry=r)
         self.rejected = Counter("espalier_rejected", "calls refused because the queue was full", registry=r)
         self.forwards = Counter("espalier_forwards", "forward passes of the backbone", registry=r)
-        self.forward_seconds = Histogram("espalier_forward_seconds", "time of one forward", registry=r, buckets=_LATENCY)
+        self.forward_failures = Counter("espalier_forward_failures", "forward passes that failed", registry=r)
+        self.forward_seconds = Histogram(
+            "espalier_forward_seconds", "time of one forward", registry=r, buckets=_LATENCY
+        )
         self.batch_rows = Histogram("espalier_batch_rows", "rows per forward", registry=r, buckets=_powers(10))
         self.batch_tokens = Histogram("espalier_batch_tokens", "tokens per forward", registry=r, buckets=_powers(15))
         self.batch_mixes = Histogram(
             "espalier_batch_compositions", "different compositions per forward", registry=r, buckets=_powers(10)
         )
         self.width = Histogram(
-            "espalier_composition_adapters", "adapters composed for a row", registry=r, buckets=(0, 1, 2, 3, 4, 6, 8, 16, 32, 64)
+            "espalier_composition_adapters",
+            "adapters composed for a row",
+            registry=r,
+            buckets=(0, 1, 2, 3, 4, 6, 8, 16, 32, 64),
         )
         self.queue_tokens = Gauge("espalier_queue_tokens", "tokens waiting", registry=r)
         self.queue_rows = Gauge("espalier_queue_rows", "rows waiting", registry=r)
         self.adapter_rows = Counter("espalier_adapter_rows", "rows that used an adapter", ["adapter"], registry=r)
         self.resident = Gauge("espalier_resident_adapters", "adapters by tier", ["tier"], registry=r)
-        self.load_seconds = Histogram("espalier_load_seconds", "time to make an adapter resident", registry=r, buckets=_LATENCY)
+        self.load_seconds = Histogram(
+            "espalier_load_seconds", "time to make an adapter resident", registry=r, buckets=_LATENCY
+        )
         self.loads = Counter("espalier_loads", "adapters made resident", registry=r)
         self.load_failures = Counter("espalier_load_failures", "adapters refused at load", ["code"], registry=r)
         self.evictions = Counter("espalier_evictions", "adapters evicted from the device", registry=r)
@@ -64,10 +70,10 @@ class LoraInfo(Collector):
         running, waiting = self._names()
         labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
         gauge = GaugeMetricFamily("espalier_lora_requests_info", "adapters in use and waited for", labels=labels)
-        gauge.add_metric([str(self._slots), ",".join(sorted(running)[:MAX_LABELS]), ",".join(sorted(waiting)[:MAX_LABELS])], 1)
+        gauge.add_metric(
+            [str(self._slots), ",".join(sorted(running)[:MAX_LABELS]), ",".join(sorted(waiting)[:MAX_LABELS])], 1
+        )
         yield gauge
-
-
 
 
 def _powers(count: int) -> tuple[float, ...]:

@@ -1,6 +1,7 @@
 """How answers and errors leave: JSON, problem documents, OpenAI's errors; and how a client that leaves is noticed."""
 
 import asyncio
+import logging
 from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
@@ -10,11 +11,20 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
 from adapters_store.errors import EspalierError
+from server import logs
 from server.edge import is_openai
 from server.errors import OverloadedError, openai_error, problem, status_of
 
 Result = TypeVar("Result")
-_CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "unsupported_media_type"}
+log = logging.getLogger("espalier.request")
+_CODES = {
+    400: "bad_request",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "too_large",
+    415: "unsupported_media_type",
+    499: "client_left",
+}
 DOCUMENTED: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "content": {"application/problem+json": {}}}
     for status, text in {
@@ -34,6 +44,7 @@ def reply(content: object, status: int = 200, headers: Mapping[str, str] | None 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """What work gives; it is cancelled as soon as the client leaves, and nobody reads the 499 that comes then."""
     task = asyncio.ensure_future(work)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())  # heard, also if nobody waits any more
     gone = asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -55,41 +66,47 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(EspalierError, _on_known)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
-    app.add_exception_handler(Exception, _on_unforeseen)
 
 
-def _error(request: Request, status: int, code: str, detail: str, headers: Mapping[str, str] | None = None, **extra: Any) -> Response:
+def _error(request: Request, status: int, code: str, detail: str, *, index: int | None = None, param: str | None = None,
+           headers: Mapping[str, str] | None = None) -> Response:  # fmt: skip
+    detail = _printable(detail)
     if is_openai(request.url.path):
         status = 400 if status == 422 else status  # OpenAI's clients know no 422
-        return reply(openai_error(status, code, detail, extra.get("param")), status, headers)
-    document = problem(status, code, detail, request.state.request_id, **extra)
+        return reply(openai_error(status, code, detail, param), status, headers)
+    where = {} if index is None else {"index": index}
+    document = problem(status, code, detail, request.state.request_id, **where)
     return Response(to_json(document), status, headers, "application/problem+json")
 
 
 async def _on_known(request: Request, error: Exception) -> Response:
     assert isinstance(error, EspalierError), "our bug: registered for EspalierError"
+    status = status_of(error)
+    if status >= 500:
+        logs.note(log, "failed", logging.ERROR, id=request.state.request_id, code=error.code, detail=str(error))
     headers = {"retry-after": str(error.retry_after_s)} if isinstance(error, OverloadedError) else None
-    extra = {"index": error.index} if hasattr(error, "index") else {}
-    return _error(request, status_of(error), error.code, str(error), headers, **extra)
+    return _error(request, status, error.code, str(error), index=getattr(error, "index", None), headers=headers)
 
 
 async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError), "our bug: registered for RequestValidationError"
     first = error.errors()[0]
-    where = [part for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
-        return _error(request, 400, "bad_json", f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    detail = f"{'.'.join(map(str, where)) or 'body'}: {first['msg'].removeprefix('Value error, ')}"
+        why = first.get("ctx", {}).get("error", first["msg"])
+        return _error(request, 400, "bad_json", f"the body is not JSON: {why}")
+    where = [part for part in first["loc"] if part != "body"]
+    param = ".".join(map(str, where))
+    detail = f"{param or 'body'}: {first['msg'].removeprefix('Value error, ')}"
     index = where[1] if len(where) > 1 and where[0] == "inputs" and isinstance(where[1], int) else None
-    extra = {} if index is None else {"index": index}
-    return _error(request, 422, "invalid_request", detail, param=".".join(map(str, where)), **extra)
+    return _error(request, 422, "invalid_request", detail, index=index, param=_printable(param))
+
+
+def _printable(text: str) -> str:
+    """The text with the lone surrogates that a client may send written out, for they have no UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), "our bug: registered for HTTPException"
     code = _CODES.get(error.status_code, "http_error")
-    return _error(request, error.status_code, code, str(error.detail), error.headers)
-
-
-async def _on_unforeseen(request: Request, error: Exception) -> Response:
-    return _error(request, 500, "internal", "an error that the server did not foresee; its log has the request id")
+    return _error(request, error.status_code, code, str(error.detail), headers=error.headers)

@@ -96,7 +96,9 @@ class Residency:
     async def _hold_all(self, manifests: Sequence[Manifest]) -> list[Resident]:
         needed = sum(1 for m in manifests if m.sites)
         if needed > self.num_slots:
-            raise TooManyAdaptersError(f"one call needs {needed} adapters at once, the device has {self.num_slots} slots (--slots)")
+            raise TooManyAdaptersError(
+                f"one call needs {needed} adapters at once, the device has {self.num_slots} slots (--slots)"
+            )
         names = {m.name for m in manifests if m.digest not in self._residents}
         self.waiting |= names
         try:
@@ -112,7 +114,11 @@ class Residency:
         """True once there are free slots for all that are missing; evicts what nobody holds, oldest first."""
         wanted = {m.digest for m in manifests}
         missing = sum(1 for m in manifests if m.sites and m.digest not in self._residents)
-        idle = [r for d, r in self._residents.items() if r.holders == 0 and r.slot is not None and r.ready.done() and d not in wanted]
+        idle = [
+            r
+            for d, r in self._residents.items()
+            if r.holders == 0 and r.slot is not None and r.ready.done() and d not in wanted
+        ]
         if len(self._free) + len(idle) < missing:
             return False
         for resident in idle[: max(0, missing - len(self._free))]:

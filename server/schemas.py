@@ -21,7 +21,9 @@ class Input(_Strict):
 
     text: Text = Field(description="the text to answer")
     task: Name | None = Field(None, description="the task to answer")
-    tasks: list[Name] | None = Field(None, min_length=1, max_length=256, description="answer the same text once per task")
+    tasks: list[Name] | None = Field(
+        None, min_length=1, max_length=256, description="answer the same text once per task"
+    )
     mix: dict[Name, float] | None = Field(None, min_length=1, max_length=64, description="a mixture of tasks: shares")
     adapters: dict[Ref, Weight] | None = Field(None, max_length=64, description="reference -> weight, or one per layer")
     head: Ref | None = Field(None, description="whose head answers: a task or an adapter reference")
@@ -30,7 +32,9 @@ class Input(_Strict):
     def _has_one_tag(self) -> "Input":
         tags = [name for name in ("task", "tasks", "mix", "adapters") if getattr(self, name) is not None]
         if len(tags) != 1:
-            raise ValueError(f"give exactly one of task, tasks, mix, adapters; this input has {' and '.join(tags) or 'none'}")
+            raise ValueError(
+                f"give exactly one of task, tasks, mix, adapters; this input has {' and '.join(tags) or 'none'}"
+            )
         if tags[0] in ("mix", "adapters") and self.head is None:
             raise ValueError(f"'{tags[0]}' needs 'head': the task (or adapter) whose labels answer")
         if tags[0] == "tasks" and self.head is not None:

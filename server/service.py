@@ -7,7 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-
 from adapters_store import adapter as adapters
 from adapters_store.adapter import Adapter
 from adapters_store.errors import BackboneMismatchError, EspalierError
@@ -55,7 +54,9 @@ class Service:
         self.scheduler = Scheduler(
             self.engine, self.metrics, batch_tokens=settings.batch_tokens, queue_tokens=settings.queue_tokens
         )
-        self.metrics.registry.register(LoraInfo(settings.slots, lambda: (self.residency.running, self.residency.waiting)))
+        self.metrics.registry.register(
+            LoraInfo(settings.slots, lambda: (self.residency.running, self.residency.waiting))
+        )
         self.scheduler.start()
         await self.engine.run(self._warm_up)
         await self.refresh()

@@ -112,7 +112,12 @@ def _read_ours(service: Service, files: dict[str, bytes]) -> Candidate:
         )
     examples = _examples(files) or uploaded.golden
     return Candidate(
-        adapter, uploaded.kind, dict(uploaded.hyperparameters), dict(uploaded.provenance), dict(uploaded.metrics), examples
+        adapter,
+        uploaded.kind,
+        dict(uploaded.hyperparameters),
+        dict(uploaded.provenance),
+        dict(uploaded.metrics),
+        examples,
     )
 
 

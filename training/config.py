@@ -32,7 +32,7 @@ class Machine(Settings):
         "float32", description="of the frozen backbone; adapters train in float32"
     )
     threads: int | None = Field(None, ge=1, description="CPU threads; default: all cores")
-    token_budget: int = Field(4096, ge=16, description="tokens in one forward; less needs less memory")
+    token_budget: int = Field(2048, ge=16, description="tokens in one forward; less needs less memory")
 
 
 class FitConfig(Machine):

@@ -20,7 +20,11 @@ async function call(path, body) {
 }
 
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
-const composedOf = (weights) => Object.entries(weights).map(([name, weight]) => `${name} ${percent(weight)}`).join(", ");
+const composedOf = (weights, most = 4) => {
+  const rows = Object.entries(weights);
+  const shown = rows.slice(0, most).map(([name, weight]) => `${name} ${percent(weight)}`).join(", ");
+  return rows.length > most ? `${shown}, and ${rows.length - most} more` : shown;
+};
 
 function bars(rows) {
   const box = element("div", { class: "bars" });
@@ -65,8 +69,8 @@ function drawGraph(tasks) {
     const [x, y] = place[task.task];
     const side = x < -20 ? "end" : x > 20 ? "start" : "middle";
     const label = element("text", { x: x + (x < -20 ? -14 : x > 20 ? 14 : 0), y: y + (Math.abs(x) <= 20 ? Math.sign(y) * 22 : 4), "text-anchor": side }, task.task);
-    const node = element("g", { tabindex: 0, role: "button", "aria-label": `${task.task}: ${composedOf(task.prior)}` },
-      element("circle", { cx: x, cy: y, r: 8 }), label, element("title", {}, composedOf(task.prior)));
+    const node = element("g", { tabindex: 0, role: "button", "aria-label": `${task.task}: ${composedOf(task.prior, 99)}` },
+      element("circle", { cx: x, cy: y, r: 8 }), label, element("title", {}, composedOf(task.prior, 99)));
     node.addEventListener("click", () => choose(task.task, node));
     node.addEventListener("keydown", (event) => { if (event.key === "Enter") choose(task.task, node); });
     nodes.push(node);
@@ -90,7 +94,7 @@ async function load() {
     const { adapters } = await call("/v1/adapters");
     $("choices").replaceChildren(...tasks.filter((task) => task.labels.length).map((task, i) => {
       const box = element("input", { type: "checkbox", value: task.task });
-      box.checked = i === 0;
+      box.checked = task.task === "books" || i === 0;
       return element("label", {}, box, ` ${task.task}`);
     }));
     drawGraph(tasks);

@@ -32,8 +32,12 @@ def make_router(max_upload_mb: int) -> APIRouter:
     )  # fmt: skip
     router.add_api_route("/v1/adapters/{name}", adapter, methods=["GET"], summary="One adapter")
     router.add_api_route("/v1/adapters/{name}/versions/{version}", version, methods=["GET"], summary="One version")
-    router.add_api_route("/v1/adapters/{name}/versions/{version}", delete, methods=["DELETE"], summary="Delete a version")
-    router.add_api_route("/v1/adapters/{name}/aliases/{alias}", promote, methods=["PUT"], summary="Promote or roll back")
+    router.add_api_route(
+        "/v1/adapters/{name}/versions/{version}", delete, methods=["DELETE"], summary="Delete a version"
+    )
+    router.add_api_route(
+        "/v1/adapters/{name}/aliases/{alias}", promote, methods=["PUT"], summary="Promote or roll back"
+    )
     router.add_api_route("/v1/adapters/{name}/load", load, methods=["POST"], summary="Make resident")
     router.add_api_route("/v1/adapters/{name}/unload", unload, methods=["POST"], summary="Take off the device; drains")
     router.add_api_route("/v1/load_lora_adapter", load_lora, methods=["POST"], summary="As vLLM has it")
@@ -79,7 +83,9 @@ async def upload(request: Request, service: ServiceDep, actor: ActorDep) -> Resp
     unknown = sorted((set(files) - set(PARTS)) | (set(fields) - {"name", "task", "alias"} - set(PARTS)))
     if unknown:
         raise FormatError(f"unknown parts {unknown}; known are name, task, alias and the files {', '.join(PARTS)}")
-    files |= {part: value.encode() for part, value in fields.items() if part in PARTS}  # sent as fields, without a filename
+    files |= {
+        part: value.encode() for part, value in fields.items() if part in PARTS
+    }  # sent as fields, without a filename
     missing = sorted({"name", "task"} - set(fields))
     if missing:
         raise FormatError(f"form field {missing[0]!r} is missing: an upload needs name, task and files")
@@ -101,7 +107,9 @@ async def delete(name: str, version: int, service: ServiceDep, actor: ActorDep) 
     manifest = service.catalog.resolve(f"{name}@{version}")
     await service.work(lambda: service.store.delete(name, version, actor))
     await service.refresh()
-    if not any(m.digest == manifest.digest for versions in service.catalog.manifests.values() for m in versions.values()):
+    if not any(
+        m.digest == manifest.digest for versions in service.catalog.manifests.values() for m in versions.values()
+    ):
         await service.residency.unload([manifest], service.settings.drain_s)
     return reply({"name": name, "version": version, "deleted": True})
 
@@ -159,4 +167,3 @@ def _version(service: Service, manifest: Manifest) -> dict[str, Any]:
         "digest": manifest.digest,
         "state": service.residency.state(manifest),
     }
-

@@ -49,4 +49,6 @@ async def replace(
 @router.get("/v1/graph/versions", summary="Versions of the graph")
 async def versions(service: ServiceDep) -> Response:
     """All of them, and the one that serves."""
-    return reply({"versions": await service.work(service.store.graph_versions), "current": service.catalog.graph_version})
+    return reply(
+        {"versions": await service.work(service.store.graph_versions), "current": service.catalog.graph_version}
+    )

@@ -57,7 +57,14 @@ def _names(service: Service) -> list[str]:
 
 def _model(service: Service, name: str) -> dict[str, Any]:
     kind = "backbone" if name == service.backbone.name else "task" if name in service.catalog.tasks else "adapter"
-    return {"id": name, "object": "model", "created": 0, "owned_by": "espalier", "kind": kind, "parent": service.backbone.name}
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "espalier",
+        "kind": kind,
+        "parent": service.backbone.name,
+    }
 
 
 def _rows(service: Service, body: EmbeddingRequest, allowed: frozenset[str] | None) -> list[Asked]:
@@ -73,7 +80,9 @@ def _rows(service: Service, body: EmbeddingRequest, allowed: frozenset[str] | No
     return [Asked(text, composed, pooling, None, ids) for text, ids in inputs]
 
 
-def _inputs(service: Service, given: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]) -> list[tuple[str, Any]]:
+def _inputs(
+    service: Service, given: str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+) -> list[tuple[str, Any]]:
     """(text, None) or ("", token ids) for each input."""
     many: Any = [given] if isinstance(given, str) or (given and isinstance(given[0], int)) else given
     if not many:
@@ -106,7 +115,9 @@ def _ask(service: Service, model: str, extras: EmbeddingOptions) -> Ask:
     try:
         service.catalog.resolve(model)
     except AdapterNotFoundError as error:
-        raise TaskNotFoundError(f"model {model!r} is neither the backbone, nor a task, nor an adapter: {error}") from error
+        raise TaskNotFoundError(
+            f"model {model!r} is neither the backbone, nor a task, nor an adapter: {error}"
+        ) from error
     return Ask("explicit", adapters=((model, 1.0),), needs_head=False)
 
 

@@ -101,9 +101,8 @@ def test_the_kernel_serves_here() -> None:
 
 def test_tables_grow_and_keep_what_they_hold() -> None:
     table = native.Table()
-    pair = native.NativePair.of(torch.ones(3, 4), torch.ones(5, 3))
 
-    table.fill(2, 3, pair)
+    table.fill(2, 3, None)
     table.reach(1000)
     table.fill(7, 9, None)
 

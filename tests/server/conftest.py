@@ -34,7 +34,9 @@ def serve(backbone: Path, store_root: Path) -> Iterator[Serve]:
     with ExitStack() as stack:
 
         def start(**changes: Any) -> TestClient:
-            settings = Settings(**({"store": store_root, "backbone": str(backbone), "threads": 1, "poll_s": 3600} | changes))
+            settings = Settings(
+                **({"store": store_root, "backbone": str(backbone), "threads": 1, "poll_s": 3600} | changes)
+            )
             client = TestClient(make_app(Service(settings)), raise_server_exceptions=False)
             return stack.enter_context(client)
 

@@ -156,7 +156,9 @@ BAD_PEFT = {
 
 
 @pytest.mark.parametrize("case", BAD_PEFT)
-def test_a_bad_upload_is_refused_by_name_and_leaves_nothing_behind(client: TestClient, store_root: Path, case: str) -> None:
+def test_a_bad_upload_is_refused_by_name_and_leaves_nothing_behind(
+    client: TestClient, store_root: Path, case: str
+) -> None:
     changes, code = BAD_PEFT[case]
     before = sorted(path for path in store_root.rglob("*") if path.is_file())
 
@@ -230,7 +232,9 @@ def test_more_adapters_than_slots_take_turns(serve: Serve) -> None:
 def test_one_row_that_needs_more_adapters_than_slots_is_refused(serve: Serve) -> None:
     client = serve(slots=1)
 
-    response = client.post("/v1/infer", json={"inputs": [{"adapters": {"books": 1.0, "films": 1.0}, "head": "books", "text": "a"}]})
+    response = client.post(
+        "/v1/infer", json={"inputs": [{"adapters": {"books": 1.0, "films": 1.0}, "head": "books", "text": "a"}]}
+    )
 
     assert (response.status_code, response.json()["code"]) == (422, "too_many_adapters")
 
@@ -242,7 +246,9 @@ def test_an_unused_part_or_field_is_refused_by_name(client: TestClient) -> None:
     assert "adapter_model.bin" in response.json()["detail"]
 
 
-def test_what_another_program_publishes_is_served_after_the_next_look(serve: Serve, store_root: Path, backbone: Path) -> None:
+def test_what_another_program_publishes_is_served_after_the_next_look(
+    serve: Serve, store_root: Path, backbone: Path
+) -> None:
     from adapters_store.backbones import fingerprint
 
     client = serve(poll_s=0.05)

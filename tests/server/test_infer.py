@@ -42,7 +42,12 @@ def test_default_composition_is_the_prior_row_of_the_graph(client: TestClient, s
 
 
 def test_outputs_come_in_the_order_of_inputs_and_of_tasks(client: TestClient) -> None:
-    reply = ask(client, {"task": "spam", "text": "a"}, {"tasks": ["films", "books"], "text": "b"}, {"task": "books", "text": "c"})
+    reply = ask(
+        client,
+        {"task": "spam", "text": "a"},
+        {"tasks": ["films", "books"], "text": "b"},
+        {"task": "books", "text": "c"},
+    )
 
     assert [output["task"] for output in reply["outputs"]] == ["spam", "films", "books", "books"]
 
@@ -73,7 +78,9 @@ def test_explicit_weights_are_taken_as_given(client: TestClient) -> None:
     single = ask(client, {"task": "books", "text": "good film"}, mode="single")["outputs"][0]
     zero = ask(client, text | {"adapters": {"books@1": 0.0}})["outputs"][0]
     bare = ask(client, {"task": "books", "text": "good film"}, mode="none")["outputs"][0]
-    layers = ask(client, text | {"adapters": {"books": [1.0, 0.0], "films@prod": [0.0, -0.5]}}, explain=True)["outputs"][0]
+    layers = ask(client, text | {"adapters": {"books": [1.0, 0.0], "films@prod": [0.0, -0.5]}}, explain=True)[
+        "outputs"
+    ][0]
 
     assert one_hot["scores"] == single["scores"]
     assert zero["scores"] == bare["scores"]
@@ -135,14 +142,20 @@ def test_a_body_that_is_no_json_is_a_400(client: TestClient) -> None:
     assert (response.status_code, response.json()["code"]) == (400, "bad_json")
 
 
-def test_64_inputs_of_16_tasks_and_64_compositions_run_in_one_forward(serve: Serve, tmp_path: Path, backbone: Path) -> None:
+def test_64_inputs_of_16_tasks_and_64_compositions_run_in_one_forward(
+    serve: Serve, tmp_path: Path, backbone: Path
+) -> None:
     from tests.server.tiny import make_store
 
     tasks = [f"task{i}" for i in range(16)]
     make_store(tmp_path / "many", backbone, tasks)
     client = serve(store=tmp_path / "many", batch_tokens=2048)
     inputs = [
-        {"adapters": {tasks[i % 16]: 0.5 + i / 64, tasks[(i * 7 + 3) % 16]: i / 64}, "head": tasks[i % 16], "text": f"word{i} good"}
+        {
+            "adapters": {tasks[i % 16]: 0.5 + i / 64, tasks[(i * 7 + 3) % 16]: i / 64},
+            "head": tasks[i % 16],
+            "text": f"word{i} good",
+        }
         for i in range(64)
     ]
     before = _forwards(client)

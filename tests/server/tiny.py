@@ -55,7 +55,10 @@ def lora(seed: int, rank: int = 4, scale: float = 1.0, modules: Sequence[str] = 
 def head(seed: int, labels: Sequence[str] = ("negative", "positive")) -> Head:
     """A random linear head."""
     generator = torch.Generator().manual_seed(seed)
-    tensors = {"weight": torch.randn(len(labels), HIDDEN, generator=generator), "bias": torch.randn(len(labels), generator=generator)}
+    tensors = {
+        "weight": torch.randn(len(labels), HIDDEN, generator=generator),
+        "bias": torch.randn(len(labels), generator=generator),
+    }
     return Head(HeadSpec(labels=tuple(labels), tensors={}), tensors)
 
 
@@ -70,8 +73,10 @@ def make_store(root: Path, backbone: Path, tasks: Sequence[str] = TASKS) -> Adap
     for index, task in enumerate(tasks):
         labels = [f"{task}-{i}" for i in range(2 + index % 3)]
         adapter = make_adapter(index + 1, labels, rank=2 + index % 5)
-        store.publish(adapter, name=task, task=task, kind="lora", backbone=fingerprint(backbone, "float32"), alias="prod")
-    edges = {(a, b): 0.5 for a, b in zip(tasks, tasks[1:], strict=False)} | {(tasks[-1], tasks[0]): 0.8}
+        store.publish(
+            adapter, name=task, task=task, kind="lora", backbone=fingerprint(backbone, "float32"), alias="prod"
+        )
+    edges = dict.fromkeys(zip(tasks, tasks[1:], strict=False), 0.5) | {(tasks[-1], tasks[0]): 0.8}
     store.publish_graph(RelationGraph.of(dict.fromkeys(tasks), edges).to_json())
     return store
 
