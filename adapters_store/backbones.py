@@ -34,7 +34,9 @@ def locate(name: str | None) -> Path:
     if (folder / "config.json").is_file():
         return folder
     if folder.exists() or name.startswith((".", "/", "~")):
-        raise BackboneNotFoundError(f"backbone {name!r}: expected a folder with config.json, as save_pretrained writes it")
+        raise BackboneNotFoundError(
+            f"backbone {name!r}: expected a folder with config.json, as save_pretrained writes it"
+        )
     return _from_hub(name)
 
 
@@ -50,7 +52,7 @@ def _demo_folder() -> Path:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download  # a slow import, needed only here
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model"]
     try:

@@ -41,14 +41,18 @@ def from_prior(
     Raises InvalidCompositionError for evidence with another number of layers.
     """
     modules = list(row)
-    logits = np.stack([_evidence(evidence, module, num_layers) for module in modules]) / knobs.temperature  # (k, layers)
+    logits = (
+        np.stack([_evidence(evidence, module, num_layers) for module in modules]) / knobs.temperature
+    )  # (k, layers)
     logits += knobs.strength * np.log(np.array([row[module] for module in modules]))[:, None]
     alpha = _softmax(logits)
     kept = np.argsort(-alpha.mean(axis=1), kind="stable")[: knobs.top_k]
     alpha = alpha[kept]
     alpha = np.where(alpha >= knobs.threshold * alpha.max(axis=0), alpha, 0)
     alpha /= alpha.sum(axis=0)
-    return {modules[i]: weights.astype(np.float32) for i, weights in zip(kept.tolist(), alpha, strict=True) if weights.any()}
+    return {
+        modules[i]: weights.astype(np.float32) for i, weights in zip(kept.tolist(), alpha, strict=True) if weights.any()
+    }
 
 
 def _evidence(evidence: Mapping[str, Sequence[float]], module: str, num_layers: int) -> npt.NDArray[np.float64]:
@@ -77,7 +81,9 @@ def mixture(parts: Sequence[tuple[float, Weights]]) -> Weights:
     """The weighted mean of compositions; shares are normalised to sum to 1. Raises InvalidCompositionError."""
     total = sum(share for share, _ in parts)
     if any(not math.isfinite(share) or share < 0 for share, _ in parts) or not total > 0:
-        raise InvalidCompositionError("a mix needs shares of 0 or more with a positive sum, for example {'dvd': 0.7, 'video': 0.3}")
+        raise InvalidCompositionError(
+            "a mix needs shares of 0 or more with a positive sum, for example {'dvd': 0.7, 'video': 0.3}"
+        )
     mixed: Weights = {}
     for share, weights in parts:
         for module, values in weights.items():

@@ -21,8 +21,12 @@ class Knobs(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    normalisation: Literal["directed", "symmetric"] = Field("directed", description="row-stochastic R, or D^-1/2 R D^-1/2")
-    diffusion: Literal["ppr", "heat", "none"] = Field("ppr", description="personalised PageRank, heat kernel, or R itself")
+    normalisation: Literal["directed", "symmetric"] = Field(
+        "directed", description="row-stochastic R, or D^-1/2 R D^-1/2"
+    )
+    diffusion: Literal["ppr", "heat", "none"] = Field(
+        "ppr", description="personalised PageRank, heat kernel, or R itself"
+    )
     c: float = Field(0.3, ge=0, lt=1, description="ppr: probability to walk on; 0 leaves each task its own adapter")
     h: float = Field(1.0, ge=0, le=50, description="heat: diffusion time")
     epsilon: float = Field(0.01, ge=0, lt=1, description="prior weights below it are dropped")
@@ -116,7 +120,9 @@ class RelationGraph:
             raise InvalidGraphError(f"not a relation graph in node-link JSON: {where}: {first['msg']}") from error
 
     @staticmethod
-    def of(nodes: Mapping[str, str | None], weights: Mapping[tuple[str, str], float], **attributes: Any) -> "RelationGraph":
+    def of(
+        nodes: Mapping[str, str | None], weights: Mapping[tuple[str, str], float], **attributes: Any
+    ) -> "RelationGraph":
         """From task -> adapter reference and (source, target) -> weight; attributes as in GraphAttributes."""
         return RelationGraph.from_json({
             "graph": attributes,
@@ -132,7 +138,9 @@ class RelationGraph:
     def node(self, task: str) -> Node:
         """The task's node. Raises TaskNotFoundError."""
         if task not in self.nodes:
-            raise TaskNotFoundError(f"task {task!r} is not in the relation graph; it has: {', '.join(sorted(self.nodes)[:20])}")
+            raise TaskNotFoundError(
+                f"task {task!r} is not in the relation graph; it has: {', '.join(sorted(self.nodes)[:20])}"
+            )
         return self.nodes[task]
 
     def _network(self, document: GraphDocument) -> "nx.DiGraph[str]":

@@ -17,7 +17,9 @@ def import_peft(
     name: Annotated[str, typer.Option(help="Name to publish it under.")],
     task: Annotated[str | None, typer.Option(help="Task it answers; its name if not given.")] = None,
     alias: Annotated[str | None, typer.Option(help="Alias to point at it, for example prod.")] = None,
-    backbone: Annotated[str | None, typer.Option(help="Hub id or folder of its backbone; default all-MiniLM-L6-v2.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Hub id or folder of its backbone; default all-MiniLM-L6-v2.")
+    ] = None,
     max_rank: Annotated[int, typer.Option(help="Largest rank to accept.")] = 256,
     store: StorePath = DEFAULT_STORE,
 ) -> None:

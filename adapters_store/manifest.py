@@ -49,7 +49,7 @@ class TensorSpec(_Strict):
 
 
 class HeadSpec(_Strict):
-    """How pooled hidden states become scores of labels. Tensors are the head primitive's, by their names in the blob."""
+    """How pooled hidden states become scores of labels. `tensors`: the head primitive's names to names in the blob."""
 
     type: Literal["linear", "cosine"] = "linear"
     labels: tuple[str, ...] = Field(min_length=1)

@@ -22,7 +22,7 @@ TILE = 16  # tokens of a tile of the native kernel; TILE in primitives/lowrank.c
 class Mix:
     """Adapters by slot, and their weights per layer.
 
-    slots: (k,) distinct. weights: (k, num_layers) float32; a numpy array to serve, or a tensor to differentiate through.
+    slots: (k,) distinct. weights: (k, num_layers) float32: a numpy array to serve, a tensor to differentiate through.
     """
 
     slots: tuple[int, ...]
@@ -47,7 +47,7 @@ class Mix:
         """
         if isinstance(self.weights, Tensor):
             return self
-        acting = np.asarray(self.weights).any(axis=1)
+        acting: list[bool] = np.any(self.weights, axis=1).tolist()
         kept = sorted((slot, i) for i, slot in enumerate(self.slots) if acting[i])
         return Mix(tuple(slot for slot, _ in kept), np.asarray(self.weights)[[i for _, i in kept]])
 

@@ -88,7 +88,7 @@ class Prior:
                 return
 
     def _advance(self, step: Vector) -> Vector:
-        """step @ Rbar; by the few rows that step touches while they are few."""
+        """One step of the walk, step @ Rbar; by the few rows that step touches while they are few."""
         touched = np.flatnonzero(step)
         begin, end = self._walk.indptr[touched], self._walk.indptr[touched + 1]
         counts = end - begin
@@ -107,9 +107,7 @@ class Prior:
 def _relation_matrix(graph: RelationGraph, index: dict[str, int]) -> sp.csr_matrix:
     """R with diagonal 1 and without negative entries."""
     edges = [
-        (index[i], index[j], weight)
-        for i, j, weight in graph.network.edges(data="weight")
-        if weight > 0 and i != j
+        (index[i], index[j], weight) for i, j, weight in graph.network.edges(data="weight") if weight > 0 and i != j
     ]
     size = len(index)
     edges += [(i, i, 1.0) for i in range(size)]

@@ -49,7 +49,7 @@ class Site:
         self.entries.pop(slot, None)
 
     def apply(self, x: Tensor, y: Tensor) -> Tensor:
-        """y with the contributions of the current batch added; y itself if there are none. May change y in place."""
+        """Add the current batch's contributions to y, or give y itself if there are none. May change y in place."""
         batch = self.owner.batch
         if batch is None or not batch.active:
             return y
@@ -128,7 +128,7 @@ class Sites(Mapping[str, Site]):
         site = Site(self, Place(name, module, d_in, d_out, self._layers[name]))
         self._sites[name] = site
         module.__dict__["_espalier_site"] = site
-        module.__class__ = _sited(type(module))
+        module.__class__ = _sited(type(module))  # type: ignore[arg-type]  # mypy takes nn.Module for unhashable
 
     def detach(self) -> None:
         """Give every module its own class back."""
@@ -233,7 +233,7 @@ def _layers_by_name(backbone: nn.Module) -> dict[str, int]:
     return layers
 
 
-@functools.cache  # type: ignore[arg-type]  # nn.Module's type confuses Hashable; classes are
+@functools.cache
 def _sited(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a module class whose forward goes through its site."""
 

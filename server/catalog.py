@@ -4,22 +4,38 @@ A new snapshot is built beside the old one and swapped in whole, after the serve
 of other programs at the next look (settings.poll_s).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeVar
 
-from adapters_store.errors import AdapterNotFoundError, InvalidNameError, TaskNotFoundError
+from adapters_store.errors import (
+    AdapterNotFoundError,
+    CorruptError,
+    EspalierError,
+    InvalidGraphError,
+    InvalidNameError,
+    NotFoundError,
+    TaskNotFoundError,
+)
 from adapters_store.graph import RelationGraph
 from adapters_store.manifest import Manifest
 from adapters_store.prior import Prior
 from adapters_store.references import Reference, parse_reference
 from adapters_store.store import AdapterStore
 
+Found = TypeVar("Found")
+MAX_EVIDENCE = 1e6  # a softmax of more is no choice any more, and its quotient with a small temperature is infinite
 DEFAULT_ALIAS = "prod"  # what a task resolves to, where its adapter has it
 
 
 @dataclass(frozen=True, eq=False)
 class Catalog:
-    """Adapters by name and version, their aliases, and the relation graph with its prior."""
+    """Adapters by name and version, their aliases, and the relation graph with its prior.
+
+    broken: what the store holds but nobody can read or serve, and why. graph_seen: the store's latest graph, which is
+    graph_version unless that one is broken.
+    """
 
     manifests: Mapping[str, Mapping[int, Manifest]] = field(default_factory=dict)
     aliases: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
@@ -27,6 +43,8 @@ class Catalog:
     graph: RelationGraph | None = None
     prior: Prior | None = None
     adapter_of_task: Mapping[str, str] = field(default_factory=dict)
+    broken: Mapping[str, str] = field(default_factory=dict)
+    graph_seen: int = 0
 
     def resolve(self, reference: str | Reference) -> Manifest:
         """The version that a reference means now. Raises AdapterNotFoundError or InvalidNameError."""
@@ -40,13 +58,14 @@ class Catalog:
             raise AdapterNotFoundError(f"no {parsed}; {parsed.name} has: {_some(have)}")
         return versions[number]
 
-    def _number(self, reference: Reference, versions: Mapping[int, Manifest]) -> int | None:
+    def _number(self, reference: Reference, versions: Mapping[int, Manifest]) -> int:
+        """Number of the version meant; 0 if there is none."""
         if reference.version is not None:
             return reference.version
         if reference.alias is not None:
-            return self.aliases.get(reference.name, {}).get(reference.alias)
+            return self.aliases.get(reference.name, {}).get(reference.alias, 0)
         if reference.digest is not None:
-            return next((n for n in sorted(versions) if versions[n].digest.startswith(reference.digest)), None)
+            return _newest_of_digest(reference.digest, versions)
         return max(versions)
 
     def reference_of_task(self, task: str) -> str:
@@ -71,11 +90,16 @@ class Catalog:
             return False
         return True
 
-    @property
+    @cached_property
     def tasks(self) -> list[str]:
         """Tasks that can be asked for."""
+        return sorted(self.task_set)
+
+    @cached_property
+    def task_set(self) -> frozenset[str]:
+        """The same, to look one up."""
         nodes = [task for task in (self.graph.nodes if self.graph else ()) if self.has_module(task)]
-        return sorted({*self.adapter_of_task, *nodes})
+        return frozenset([*self.adapter_of_task, *nodes])
 
     def served(self) -> list[Manifest]:
         """The versions that tasks resolve to now, without repeats."""
@@ -83,22 +107,76 @@ class Catalog:
         return list(found.values())
 
 
-def read(store: AdapterStore, previous: Catalog) -> Catalog:
-    """The store's present state. Parsed manifests and an unchanged graph are taken over from before."""
-    manifests = {name: _versions(store, name, previous.manifests.get(name, {})) for name in store.names()}
-    manifests = {name: versions for name, versions in manifests.items() if versions}
-    graph_versions = store.graph_versions()
+def read(store: AdapterStore, previous: Catalog, num_layers: int) -> Catalog:
+    """The store's present state. Parsed manifests and an unchanged graph are taken over from before.
+
+    What cannot be read is left out and noted in `broken`; a graph that this backbone cannot serve leaves the one before.
+    """
+    broken: dict[str, str] = {}
+    found = {name: _adapter(store, name, previous.manifests.get(name, {}), broken) for name in store.names()}
+    manifests = {name: versions for name, (versions, _) in found.items() if versions}
+    aliases = {name: found[name][1] for name in manifests}
+    seen = max(store.graph_versions(), default=0)
     version, graph, prior = previous.graph_version, previous.graph, previous.prior
-    latest = max(graph_versions, default=0)
-    if latest != version:
-        version, graph = latest, RelationGraph.from_json(store.graph(latest)[1]) if latest else None
-        prior = Prior(graph) if graph else None
-    aliases = {name: store.aliases(name) for name in manifests}
-    return Catalog(manifests, aliases, version, graph, prior, _adapter_of_task(manifests))
+    if seen != previous.graph_seen:
+        try:
+            graph = RelationGraph.from_json(store.graph(seen)[1]) if seen else None
+            check_graph(graph, num_layers)
+            version, prior = seen, Prior(graph) if graph else None
+        except EspalierError as error:
+            graph = previous.graph
+            broken[f"graph@{seen}"] = f"{error.code}: {error}"
+    broken |= {key: why for key, why in previous.broken.items() if key == f"graph@{seen}" and version != seen}
+    return Catalog(manifests, aliases, version, graph, prior, _adapter_of_task(manifests), broken, seen)
 
 
-def _versions(store: AdapterStore, name: str, known: Mapping[int, Manifest]) -> dict[int, Manifest]:
-    return {n: known.get(n) or store.resolve(f"{name}@{n}") for n in store.versions(name)}
+def check_graph(graph: RelationGraph | None, num_layers: int) -> None:
+    """Refuse a graph whose evidence does not fit the backbone. Raises InvalidGraphError."""
+    for task, row in graph.attributes.evidence.items() if graph else ():
+        for module, values in row.items():
+            if len(values) != num_layers:
+                raise InvalidGraphError(
+                    f"evidence for {task} -> {module} has {len(values)} layers, the backbone has {num_layers}"
+                )
+            if max(map(abs, values)) > MAX_EVIDENCE:
+                raise InvalidGraphError(f"evidence for {task} -> {module} exceeds {MAX_EVIDENCE:g}")
+
+
+def _adapter(
+    store: AdapterStore, name: str, known: Mapping[int, Manifest], broken: dict[str, str]
+) -> tuple[dict[int, Manifest], dict[str, int]]:
+    """Versions and aliases of a name as they were at one moment: every alias points at a version that is there.
+
+    Aliases are read first, so what they point at is published by then; a deletion in between means another look.
+    """
+    for _ in range(3):
+        aliases = _noted(broken, name, {}, lambda: store.aliases(name))
+        numbers = store.versions(name)
+        if set(aliases.values()) <= set(numbers):
+            break
+    versions = {
+        n: known.get(n) or _noted(broken, f"{name}@{n}", None, lambda n=n: store.resolve(f"{name}@{n}"))
+        for n in numbers
+    }
+    readable = {n: manifest for n, manifest in versions.items() if manifest}
+    return readable, {alias: n for alias, n in aliases.items() if n in readable}
+
+
+def _noted(broken: dict[str, str], what: str, otherwise: Found, read: Callable[[], Found]) -> Found:
+    """What read gives; what is corrupt is noted instead, and what is deleted meanwhile is not there."""
+    try:
+        return read()
+    except NotFoundError:
+        return otherwise
+    except CorruptError as error:
+        broken[what] = f"{error.code}: {error}"
+        return otherwise
+
+
+def _newest_of_digest(digest: str, versions: Mapping[int, Manifest]) -> int:
+    """The newest version with a digest that begins so, if all those are one content; else 0."""
+    found = {n: m.digest for n, m in versions.items() if m.digest.startswith(digest)}
+    return max(found) if len(set(found.values())) == 1 else 0
 
 
 def _adapter_of_task(manifests: Mapping[str, Mapping[int, Manifest]]) -> dict[str, str]:
@@ -119,4 +197,5 @@ def differs(new: Catalog, old: Catalog) -> bool:
     """True if a question could have another answer; otherwise the old snapshot and all that is kept for it stay."""
     mine = {name: set(versions) for name, versions in new.manifests.items()}
     theirs = {name: set(versions) for name, versions in old.manifests.items()}
-    return mine != theirs or new.aliases != old.aliases or new.graph_version != old.graph_version
+    others = (new.aliases, new.graph_version, new.graph_seen, new.broken)
+    return mine != theirs or others != (old.aliases, old.graph_version, old.graph_seen, old.broken)

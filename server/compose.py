@@ -138,7 +138,9 @@ class Composer:
         if asked is None:
             raise NoHeadError('say whose head answers: "head": "books" (a task, or an adapter reference)')
         known = asked in catalog.adapter_of_task or (catalog.graph is not None and asked in catalog.graph.nodes)
-        manifest = catalog.manifest_of_task(asked) if known or ("@" not in asked and ask.task) else catalog.resolve(asked)
+        manifest = (
+            catalog.manifest_of_task(asked) if known or ("@" not in asked and ask.task) else catalog.resolve(asked)
+        )
         if manifest.head is None:
             raise NoHeadError(f'{manifest.reference} has no head, so it cannot classify; name another in "head"')
         return manifest

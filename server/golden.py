@@ -1,7 +1,7 @@
 """Golden examples: an adapter alone must give the logits that its training promised.
 
-Checked before an upload is published, in the probe slot that no request ever uses, and again for every adapter that is
-loaded when the server starts.
+Checked before an upload is published, in the probe slot that no request ever uses, and for what others published when
+it first comes to the device, before any request may use it.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,8 +13,8 @@ from adapters_store.adapter import Adapter
 from adapters_store.errors import GoldenError
 from adapters_store.manifest import GoldenExample, Manifest
 from adapters_store.mixing import Mix
+from adapters_store.primitives.head import Head
 from server.engine import Forwarded, Row
-from server.residency import Lease
 
 if TYPE_CHECKING:
     from server.service import Service
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1, "float16": 0.03}
 
 
-async def check(service: "Service", manifest: Manifest, lease: Lease) -> None:
+async def check(service: "Service", manifest: Manifest, slot: int | None, head: Head | None) -> None:
     """Run a resident version's examples. Raises GoldenError, naming the example that differs."""
-    head, slot = lease.head(manifest), lease.slot(manifest)
     if not manifest.golden or head is None:
         return
     mix = None if slot is None else Mix.one_hot(slot, service.backbone.encoder.num_layers)
@@ -74,7 +73,8 @@ def _compare(service: "Service", examples: Sequence[GoldenExample], done: Forwar
             raise GoldenError(
                 f"golden example {index} of {name} has {len(expected)} logits, the head gives {len(found)}"
             )
-        if float(np.abs(np.array(found) - expected).max()) > tolerance * max(1.0, float(np.abs(expected).max())):
+        apart = float(np.abs(np.array(found) - expected).max())
+        if not apart <= tolerance * max(1.0, float(np.abs(expected).max())):  # also when it is NaN
             raise GoldenError(
                 f"golden example {index} of {name}: expected logits {_short(expected)}, got {_short(found)}; "
                 "the adapter was made for other weights, another tokenizer or another version"

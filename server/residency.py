@@ -2,24 +2,33 @@
 
 A lease holds the versions of one call from admission to answer; what is leased is never evicted. A lease is had all or
 nothing, in order of asking, so calls cannot block each other half-way. Versions are known by content digest: two names
-for one content share a slot, and a new version never meets an old one's. All methods run on the event loop's thread.
+for one content share a slot, and a new version never meets an old one's. A version is proved when it first comes to the
+device; what was refused for what it is stays refused until it is unloaded. All methods run on the event loop's thread.
 """
 
 import asyncio
+import logging
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from adapters_store.adapter import Adapter
-from adapters_store.errors import EspalierError
+from adapters_store.errors import EspalierError, RefusedError
 from adapters_store.manifest import Manifest
 from adapters_store.primitives.head import Head
 from adapters_store.sites import Sites
+from server import logs
 from server.engine import Engine
 from server.errors import TooManyAdaptersError
+from server.host_cache import HostCache
 from server.metrics import Metrics
+
+log = logging.getLogger("espalier")
+Load = Callable[[Manifest], Adapter]
+Prove = Callable[[Manifest, int | None, Head | None], Awaitable[None]]
 
 
 @dataclass(eq=False)
@@ -33,6 +42,19 @@ class Resident:
     holders: int = 0
     retired: bool = False
     gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def is_idle(self) -> bool:
+        """True if it has a slot that another may take."""
+        return self.holders == 0 and self.slot is not None and self.ready.done()
+
+
+class Failure(NamedTuple):
+    """Why a version could not be made resident."""
+
+    manifest: Manifest
+    error: BaseException
+    code: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,27 +76,35 @@ class Residency:
     """The slots of one engine."""
 
     def __init__(
-        self, engine: Engine, load: Callable[[Manifest], Adapter], metrics: Metrics, *, num_slots: int, cache_bytes: int
+        self, engine: Engine, load: Load, prove: Prove, metrics: Metrics, *, num_slots: int, cache_bytes: int
     ) -> None:
-        """load: reads and checks an adapter, off the event loop and off the engine's thread."""
+        """load: reads and checks an adapter, off the event loop and off the engine's thread.
+
+        prove: runs a version that is on the device but not yet used by anybody; raises GoldenError.
+        """
         self._engine = engine
         self._sites: Sites = engine.encoder.sites
         self._load = load
+        self._prove = prove
         self._metrics = metrics
         self.num_slots = num_slots
+        self.proved: set[str] = set()  # digests; a version that comes back is what it was
+        self.failures: dict[str, Failure] = {}  # by digest: the last attempt to load it failed
+        self.waiting: Counter[str] = Counter()  # names of adapters that calls wait for slots for
         self._free = list(range(num_slots - 1, -1, -1))
         self._residents: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
         self._order = asyncio.Lock()  # held by the lease that waits for slots; later ones queue behind it
         self._released = asyncio.Event()
         self._loader = ThreadPoolExecutor(2, thread_name_prefix="loader")
+        self._loading: set[asyncio.Task[None]] = set()
         self._cache = HostCache(cache_bytes)
-        self.waiting: set[str] = set()
 
     async def lease(self, manifests: Sequence[Manifest]) -> Lease:
         """Hold these versions, loading those that are not resident.
 
         Raises TooManyAdaptersError if they can never fit, or what loading raises; nothing stays held then.
         """
+        self._refuse_failed(manifests)
         if not self._order.locked() and all(m.digest in self._residents for m in manifests):
             held = [self._hold(m) for m in manifests]
         else:
@@ -93,6 +123,13 @@ class Residency:
         """Let go of a lease."""
         self._release(lease.residents.values())
 
+    def _refuse_failed(self, manifests: Sequence[Manifest]) -> None:
+        """Raise again what is certain: a version refused for what it is. Other failures may pass; those are tried."""
+        for manifest in manifests:
+            failure = self.failures.get(manifest.digest)
+            if failure and isinstance(failure.error, RefusedError):
+                raise type(failure.error)(str(failure.error))
+
     async def _hold_all(self, manifests: Sequence[Manifest]) -> list[Resident]:
         needed = sum(1 for m in manifests if m.sites)
         if needed > self.num_slots:
@@ -100,28 +137,28 @@ class Residency:
                 f"one call needs {needed} adapters at once, the device has {self.num_slots} slots (--slots)"
             )
         names = {m.name for m in manifests if m.digest not in self._residents}
-        self.waiting |= names
+        self.waiting.update(names)
         try:
             async with self._order:
                 while not self._make_room(manifests):
                     self._released.clear()
                     await self._released.wait()
+                self._refuse_failed(manifests)  # while this call waited
                 return [self._hold(m) for m in manifests]
         finally:
-            self.waiting -= names
+            self.waiting -= Counter(names)
 
     def _make_room(self, manifests: Sequence[Manifest]) -> bool:
         """True once there are free slots for all that are missing; evicts what nobody holds, oldest first."""
         wanted = {m.digest for m in manifests}
         missing = sum(1 for m in manifests if m.sites and m.digest not in self._residents)
-        idle = [
-            r
-            for d, r in self._residents.items()
-            if r.holders == 0 and r.slot is not None and r.ready.done() and d not in wanted
-        ]
-        if len(self._free) + len(idle) < missing:
+        surplus = missing - len(self._free)
+        if surplus <= 0:
+            return True
+        idle = [r for digest, r in self._residents.items() if r.is_idle and digest not in wanted]
+        if len(idle) < surplus:
             return False
-        for resident in idle[: max(0, missing - len(self._free))]:
+        for resident in idle[:surplus]:
             self._metrics.evictions.inc()
             self._retire(resident)
         return True
@@ -134,33 +171,53 @@ class Residency:
             resident = Resident(manifest, slot, asyncio.get_running_loop().create_future())
             self._residents[manifest.digest] = resident
             task = asyncio.create_task(self._bring(resident))
-            task.add_done_callback(lambda done: done.exception())  # told through `ready`
-            self._count()
+            self._loading.add(task)
+            task.add_done_callback(self._loading.discard)
         self._residents.move_to_end(manifest.digest)
         resident.holders += 1
         return resident
 
     async def _bring(self, resident: Resident) -> None:
-        """Disk or RAM to device."""
+        """Disk or RAM to device; the outcome is told through `ready`."""
         start = time.perf_counter()
         try:
-            adapter = await self._fetch(resident.manifest)
-            resident.head = adapter.head.to(self._sites.device) if adapter.head else None
-            slot = resident.slot
-            if slot is not None:
-                await self._engine.run(lambda: self._sites.put(slot, adapter.entries))
-        except Exception as error:  # noqa: BLE001  # whatever it was, those who wait must hear it
-            code = error.code if isinstance(error, EspalierError) else "internal"
-            self._metrics.load_failures.labels(code).inc()
-            resident.ready.set_exception(error)
-            resident.ready.exception()  # seen, even if nobody waits any more
-            self._retire(resident)
+            await self._place(resident)
+        except BaseException as error:  # whatever it was, those who wait must hear it  # noqa: BLE001
+            self._fail(resident, error)
             return
+        self.failures.pop(resident.manifest.digest, None)
         self._metrics.loads.inc()
         self._metrics.load_seconds.observe(time.perf_counter() - start)
         resident.ready.set_result(None)
         if resident.retired and resident.holders == 0:
             self._empty(resident)
+        self._released.set()  # nobody may hold it any more: then its slot can be had
+        self._count()
+
+    async def _place(self, resident: Resident) -> None:
+        manifest, slot = resident.manifest, resident.slot
+        adapter = await self._fetch(manifest)
+        resident.head = adapter.head.to(self._sites.device) if adapter.head else None
+        if slot is not None:
+            await self._engine.run(lambda: self._sites.put(slot, adapter.entries))
+        if manifest.digest not in self.proved:
+            await self._prove(manifest, slot, resident.head)
+            self.proved.add(manifest.digest)
+
+    def _fail(self, resident: Resident, error: BaseException) -> None:
+        manifest = resident.manifest
+        known = isinstance(error, EspalierError)
+        code = error.code if isinstance(error, EspalierError) else "internal"
+        logs.note(
+            log, "adapter_refused", logging.ERROR, adapter=manifest.reference, code=code,
+            detail=str(error) if known else logs.trace_of(error),
+        )  # fmt: skip
+        self.failures[manifest.digest] = Failure(manifest, error, code)
+        self._cache.drop(manifest.digest)
+        self._metrics.load_failures.labels(code).inc()
+        resident.ready.set_exception(error if isinstance(error, Exception) else RuntimeError("the server is stopping"))
+        resident.ready.exception()  # seen, even if nobody waits any more
+        self._retire(resident)
 
     async def _fetch(self, manifest: Manifest) -> Adapter:
         cached = self._cache.get(manifest.digest)
@@ -191,32 +248,34 @@ class Residency:
             return
         slot = resident.slot
         if slot is not None:
-            # The engine's queue keeps the order: this drop runs before any later put into the slot.
-            asyncio.ensure_future(self._engine.run(lambda: self._sites.drop(slot)))  # noqa: RUF006
+            self._engine.post(lambda: self._sites.drop(slot))  # runs before any later put into the slot
             self._free.append(slot)
         resident.gone.set()
         self._released.set()
         self._count()
 
     async def unload(self, manifests: Sequence[Manifest], timeout_s: float) -> list[Manifest]:
-        """Take versions off the device once their holders are done. Returns those that are off by then."""
-        found = [r for m in manifests if (r := self._residents.get(m.digest)) is not None]
-        for resident in found:
-            self._cache.drop(resident.manifest.digest)
+        """Take versions off the device once their holders are done. Returns those that were there and now are not."""
+        found = [(m, r) for m in manifests if (r := self._residents.get(m.digest)) is not None]
+        for manifest in manifests:
+            self._cache.drop(manifest.digest)
+            self.failures.pop(manifest.digest, None)
+        for _, resident in found:
             self._retire(resident)
-        waits = [asyncio.create_task(resident.gone.wait()) for resident in found]
+        waits = [asyncio.create_task(resident.gone.wait()) for _, resident in found]
         if waits:
             await asyncio.wait(waits, timeout=timeout_s)
         for wait in waits:
             wait.cancel()
-        return [resident.manifest for resident in found if resident.gone.is_set()]
+        self._count()
+        return [manifest for manifest, resident in found if resident.gone.is_set()]
 
     def state(self, manifest: Manifest) -> str:
         """`device`, `loading`, `host` or `store`: where a version is now."""
         resident = self._residents.get(manifest.digest)
         if resident is not None:
             return "device" if resident.ready.done() else "loading"
-        return "host" if self._cache.get(manifest.digest) is not None else "store"
+        return "host" if manifest.digest in self._cache else "store"
 
     @property
     def running(self) -> set[str]:
@@ -235,35 +294,3 @@ class Residency:
     def close(self) -> None:
         """Stop the loader threads."""
         self._loader.shutdown(wait=False, cancel_futures=True)
-
-
-class HostCache:
-    """Adapters in RAM behind the device, least recently used out first, bounded in bytes."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._bytes = 0
-        self._kept: OrderedDict[str, tuple[Adapter, int]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def get(self, digest: str) -> Adapter | None:
-        """The adapter, if it is here."""
-        if digest not in self._kept:
-            return None
-        self._kept.move_to_end(digest)
-        return self._kept[digest][0]
-
-    def put(self, digest: str, adapter: Adapter, size_bytes: int) -> None:
-        """Keep an adapter, and let go of the oldest ones beyond the bound."""
-        self.drop(digest)
-        self._kept[digest] = (adapter, size_bytes)
-        self._bytes += size_bytes
-        while self._bytes > self._max_bytes and self._kept:
-            self.drop(next(iter(self._kept)))
-
-    def drop(self, digest: str) -> None:
-        """Let go of an adapter."""
-        if digest in self._kept:
-            self._bytes -= self._kept.pop(digest)[1]

@@ -184,7 +184,9 @@ class Scheduler:
         try:
             done = await self._engine.run(lambda: self._engine.forward(rows))
             self._measure(batch, done.seconds, done.mixes)
-            answers = [Answer(v, now - one.since, done.seconds, len(batch)) for one, v in zip(batch, done.outputs, strict=True)]
+            answers = [
+                Answer(v, now - one.since, done.seconds, len(batch)) for one, v in zip(batch, done.outputs, strict=True)
+            ]
         except Exception as error:  # noqa: BLE001
             self._metrics.forward_failures.inc()
             logs.note(log, "forward_failed", logging.ERROR, rows=len(batch), trace=logs.trace_of(error))

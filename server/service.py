@@ -1,6 +1,7 @@
 """The server without HTTP: backbone, store, catalog, residency, engine and queue, started and stopped together."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -9,18 +10,20 @@ from typing import TypeVar
 
 from adapters_store import adapter as adapters
 from adapters_store.adapter import Adapter
-from adapters_store.errors import BackboneMismatchError, EspalierError
+from adapters_store.errors import BackboneMismatchError, EspalierError, UnknownSiteError, UnsupportedError
 from adapters_store.manifest import Manifest
 from adapters_store.primitives import calibration, native
+from adapters_store.primitives.head import Head
+from adapters_store.sites import blocks
 from adapters_store.store import AdapterStore
-from server import backbone, catalog, golden
+from server import backbone, catalog, golden, logs
 from server.backbone import Served
 from server.catalog import Catalog
 from server.compose import Composer
 from server.config import Settings
 from server.engine import Engine
 from server.metrics import LoraInfo, Metrics
-from server.residency import Residency
+from server.residency import Lease, Residency
 from server.scheduler import Scheduler
 
 log = logging.getLogger("espalier")
@@ -40,7 +43,6 @@ class Service:
         self.composer = Composer(self.backbone.encoder.num_layers, settings.max_adapters)
         self.engine = Engine(self.backbone.encoder, settings.threads)
         self.unready: str | None = "starting"
-        self.problems: dict[str, str] = {}
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="worker")
         self._changing = asyncio.Lock()
         self._polling: asyncio.Task[None] | None = None
@@ -49,14 +51,13 @@ class Service:
         """Read the store, warm up, load what is served and check its golden examples."""
         settings = self.settings
         self.residency = Residency(
-            self.engine, self.load, self.metrics, num_slots=settings.slots, cache_bytes=settings.host_cache_mb * 2**20
-        )
+            self.engine, self.load, self._prove, self.metrics,
+            num_slots=settings.slots, cache_bytes=settings.host_cache_mb * 2**20,
+        )  # fmt: skip
         self.scheduler = Scheduler(
             self.engine, self.metrics, batch_tokens=settings.batch_tokens, queue_tokens=settings.queue_tokens
         )
-        self.metrics.registry.register(
-            LoraInfo(settings.slots, lambda: (self.residency.running, self.residency.waiting))
-        )
+        self.metrics.registry.register(LoraInfo(settings.slots, self._lora))
         self.scheduler.start()
         await self.engine.run(self._warm_up)
         await self.refresh()
@@ -64,14 +65,29 @@ class Service:
             await self._preload()
         self._polling = asyncio.create_task(self._poll())
         self.unready = None
-        log.info("ready backbone=%s adapters=%d tasks=%d path=%s", self.backbone.name, len(self.catalog.manifests),
-                 len(self.catalog.tasks), self.operator_path)  # fmt: skip
+        logs.note(
+            log, "ready", backbone=self.backbone.name, adapters=len(self.catalog.manifests),
+            tasks=len(self.catalog.tasks), refused=len(self.problems), path=self.operator_path,
+        )  # fmt: skip
+
+    def _lora(self) -> tuple[set[str], set[str]]:
+        return self.residency.running, set(self.residency.waiting)
 
     def _warm_up(self) -> None:
         encoder = self.backbone.encoder
         if encoder.device.type == "cpu":
             calibration.calibrate_lowrank(encoder.dtype, encoder.device)
+        for name in blocks(encoder.sites.backbone):  # now: later, a loader would attach them while a forward runs
+            with contextlib.suppress(UnknownSiteError):
+                encoder.sites.add(name)
         encoder.pool([[1, 2, 3]], [None], [self.backbone.default_pooling])
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """What the store holds but this server does not serve, and why."""
+        live = {m.digest for versions in self.catalog.manifests.values() for m in versions.values()}
+        failed = [failure for digest, failure in self.residency.failures.items() if digest in live]
+        return {f.manifest.reference: f"{f.code}: {f.error}" for f in failed} | dict(self.catalog.broken)
 
     @property
     def operator_path(self) -> str:
@@ -91,6 +107,8 @@ class Service:
         """Refuse an adapter that this server cannot run as promised. Raises RefusedError."""
         sites = self.backbone.encoder.sites
         adapters.check(loaded, sites, max_rank=self.settings.max_rank, allow_zero=self.settings.allow_zero)
+        if loaded.head and loaded.head.spec.pooling == "pooler" and self.backbone.encoder.pooler is None:
+            raise UnsupportedError("the head pools with 'pooler', which this backbone lacks; it has mean, cls, last")
 
     def check_backbone(self, manifest: Manifest) -> None:
         """Refuse a version trained on another backbone. Raises BackboneMismatchError."""
@@ -102,33 +120,33 @@ class Service:
             )
 
     async def refresh(self) -> None:
-        """Look at the store again and swap in what is there now; the old catalog stays if the new one is broken."""
+        """Look at the store again and swap in what is there now."""
         async with self._changing:
-            found = await self.work(lambda: catalog.read(self.store, self.catalog))
+            found = await self.work(lambda: catalog.read(self.store, self.catalog, self.backbone.encoder.num_layers))
             if catalog.differs(found, self.catalog):
+                for what in found.broken.keys() - self.catalog.broken.keys():
+                    logs.note(log, "unreadable", logging.ERROR, what=what, detail=found.broken[what])
                 self.catalog = found
                 self.metrics.graph_version.set(found.graph_version)
 
+    async def _prove(self, manifest: Manifest, slot: int | None, head: Head | None) -> None:
+        await golden.check(self, manifest, slot, head)
+
     async def _preload(self) -> None:
+        """Bring what is served to the device; what is refused must not keep the others from being served."""
         served = self.catalog.served()[: self.settings.slots]
-        for manifest in served:
-            try:
-                lease = await self.residency.lease([manifest])
-                try:
-                    await golden.check(self, manifest, lease)
-                finally:
-                    self.residency.release(lease)
-            except EspalierError as error:  # one bad adapter must not keep the others from being served
-                self.problems[manifest.reference] = f"{error.code}: {error}"
-                log.error("adapter_refused adapter=%s code=%s detail=%s", manifest.reference, error.code, error)
+        leases = await asyncio.gather(*(self.residency.lease([m]) for m in served), return_exceptions=True)
+        for lease in leases:
+            if isinstance(lease, Lease):
+                self.residency.release(lease)
 
     async def _poll(self) -> None:
         while True:
             await asyncio.sleep(self.settings.poll_s)
             try:
                 await self.refresh()
-            except (EspalierError, OSError) as error:
-                log.error("store_unreadable detail=%s", error)
+            except Exception as error:  # noqa: BLE001  # the next look may find a better store
+                logs.note(log, "store_unreadable", logging.ERROR, trace=logs.trace_of(error))
 
     async def work(self, call: Callable[[], Result]) -> Result:
         """What call gives, run on a worker thread: disk, parsing, tokenizing."""
@@ -139,7 +157,7 @@ class Service:
         self.unready = "draining"
         start = time.monotonic()
         finished = await self.scheduler.drain(self.settings.drain_s)
-        log.info("drained finished=%s seconds=%.2f", finished, time.monotonic() - start)
+        logs.note(log, "drained", finished=finished, seconds=time.monotonic() - start)
         if self._polling:
             self._polling.cancel()
         self.scheduler.stop()

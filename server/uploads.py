@@ -63,6 +63,7 @@ async def publish(service: Service, upload: Upload) -> dict[str, Any]:
     candidate = await service.work(lambda: _read(service, upload))
     await golden.prove(service, candidate.adapter, candidate.golden, upload.name)
     manifest = await service.work(lambda: _publish(service, upload, candidate))
+    service.residency.proved.add(manifest.digest)
     await service.refresh()
     service.residency.release(await service.residency.lease([manifest]))
     return {

@@ -1,7 +1,6 @@
 """Shared fixtures: tiny real models from configs, a temporary store. No network, no GPU."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,11 +25,10 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)
-def _one_seed() -> Iterator[None]:
+def _one_seed() -> None:
     """Every test starts from the same random state."""
     torch.manual_seed(0)
     torch.set_num_threads(1)  # tiny models: more threads only wait for each other
-    yield
 
 
 def tiny_bert(**changes: object) -> nn.Module:

@@ -64,9 +64,7 @@ def bottleneck(
     }
     sizes = {"down_bias": rank, "up_bias": place.d_out}
     tensors |= {name: 0.3 * randn(generator, sizes[name]) for name in biases}
-    return Entry(
-        place.name, "bottleneck", tensors, {"activation": activation, "input": source, "scale": scale}
-    )
+    return Entry(place.name, "bottleneck", tensors, {"activation": activation, "input": source, "scale": scale})
 
 
 def _bound(function: Callable[..., Entry], **drawn: st.SearchStrategy) -> st.SearchStrategy[EntryMaker]:

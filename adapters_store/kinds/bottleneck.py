@@ -4,7 +4,8 @@ z is the layer's input (parallel) or its output (series).
 
 Parameters per site: down (r, d), kaiming-uniform; up (d_out, r), zeros: identity at the start; with `bias`, biases at
 zero. r * (d + d_out) numbers per site. Choose it where low rank is not enough: it is not linear, so it cannot fold.
-Sources: Houlsby et al. 2019 (series); He et al. 2021 (parallel, s = 4); LLM-Adapters, Hu et al. 2023 (arXiv 2304.01933).
+Sources: Houlsby et al. 2019 (series); He et al. 2021 (parallel, s = 4); LLM-Adapters, Hu et al. 2023 (arXiv
+2304.01933).
 """
 
 import math
@@ -44,7 +45,7 @@ class Bottleneck(Kind):
         return select(sites, _typed(config).target_modules)
 
     def parameters(self, place: Place, config: KindConfig, generator: torch.Generator) -> Parameters:
-        """down uniform in +-1/sqrt(d), up zero."""
+        """Down uniform in +-1/sqrt(d), up zero."""
         typed, width = _typed(config), self._width(place, config)
         bound = 1 / math.sqrt(width)
         down = torch.empty(typed.r, width).uniform_(-bound, bound, generator=generator)
@@ -60,7 +61,7 @@ class Bottleneck(Kind):
         return [Entry(place.name, "bottleneck", dict(parameters), options)]
 
     def num_parameters(self, place: Place, config: KindConfig) -> int:
-        """r * (d + d_out), with biases + r + d_out."""
+        """Formula: r * (d + d_out), with biases + r + d_out."""
         typed = _typed(config)
         biases = typed.r + place.d_out if typed.bias else 0
         return typed.r * (self._width(place, config) + place.d_out) + biases
@@ -71,7 +72,8 @@ class Bottleneck(Kind):
 
 
 def _typed(config: KindConfig) -> BottleneckConfig:
-    assert isinstance(config, BottleneckConfig), "our bug: another kind's config"
+    if not isinstance(config, BottleneckConfig):
+        raise AssertionError("our bug: another kind's config")
     return config
 
 

@@ -51,22 +51,23 @@ class LoRA(Kind):
         return [Entry(place.name, "lowrank", dict(parameters), {"scale": self.scale(place.name, config)})]
 
     def num_parameters(self, place: Place, config: KindConfig) -> int:
-        """r * (d_in + d_out)."""
+        """Formula: r * (d_in + d_out)."""
         return self.rank(place.name, config) * (place.d_in + place.d_out)
 
     def rank(self, name: str, config: KindConfig) -> int:
-        """r at a site."""
+        """Rank r at a site."""
         return int(by_pattern(name, _typed(config).rank_pattern, _typed(config).r))
 
     def scale(self, name: str, config: KindConfig) -> float:
-        """s at a site."""
+        """Scale s at a site."""
         typed, rank = _typed(config), self.rank(name, config)
         alpha = by_pattern(name, typed.alpha_pattern, typed.lora_alpha)
         return alpha / math.sqrt(rank) if typed.use_rslora else alpha / rank
 
 
 def _typed(config: KindConfig) -> LoRAConfig:
-    assert isinstance(config, LoRAConfig), "our bug: another kind's config"
+    if not isinstance(config, LoRAConfig):
+        raise AssertionError("our bug: another kind's config")
     return config
 
 

@@ -30,7 +30,8 @@ class Norm(Kind):
 
     def sites(self, sites: Sites, config: KindConfig) -> list[str]:
         """Sites that target_modules mean."""
-        assert isinstance(config, NormConfig), "our bug: another kind's config"
+        if not isinstance(config, NormConfig):
+            raise AssertionError("our bug: another kind's config")
         return select(sites, config.target_modules)
 
     def parameters(self, place: Place, config: KindConfig, generator: torch.Generator) -> Parameters:

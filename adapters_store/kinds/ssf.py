@@ -31,11 +31,12 @@ class SSF(Kind):
 
     def sites(self, sites: Sites, config: KindConfig) -> list[str]:
         """Sites that target_modules mean."""
-        assert isinstance(config, SSFConfig), "our bug: another kind's config"
+        if not isinstance(config, SSFConfig):
+            raise AssertionError("our bug: another kind's config")
         return select(sites, config.target_modules)
 
     def parameters(self, place: Place, config: KindConfig, generator: torch.Generator) -> Parameters:
-        """scale ones, shift zeros."""
+        """Scale ones, shift zeros."""
         return {"scale": torch.ones(place.d_out), "shift": torch.zeros(place.d_out)}
 
     def export(self, place: Place, parameters: Mapping[str, Tensor], config: KindConfig) -> list[Entry]:

@@ -69,7 +69,7 @@ class Bank(ABC):
 
     @abstractmethod
     def add(self, out: Tensor, x: Tensor, y: Tensor, batch: MixedBatch) -> Tensor:
-        """out + sum over the mix of each token of weight * delta(x, y).
+        """Give out + sum over the mix of each token of weight * delta(x, y).
 
         out, y: (tokens, d_out); x: (tokens, d_in). y is the backbone's own output. `out` may be changed in place when
         no gradients are recorded; y is not changed unless it is `out`.
@@ -95,7 +95,7 @@ class Primitive:
 
 
 def add_at(out: Tensor, tokens: Tensor | None, delta: Tensor) -> Tensor:
-    """out with delta added at these tokens (None: all); other rows keep their bits."""
+    """Give out with delta added at these tokens (None: all); other rows keep their bits."""
     delta = delta.to(out.dtype)
     if torch.is_grad_enabled() and (delta.requires_grad or out.requires_grad):
         return out + delta if tokens is None else out.index_add(0, tokens, delta)

@@ -56,7 +56,7 @@ def check(place: Place, entry: Entry) -> None:
 
 
 def delta(place: Place, entry: Entry, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001  # one signature for all
-    """scale * (up f(down s + down_bias) + up_bias). x: (tokens, d_in), y: (tokens, d_out); returns float32."""
+    """Give scale * (up f(down s + down_bias) + up_bias). x: (tokens, d_in), y: (tokens, d_out); returns float32."""
     tensors = {name: wide(tensor) for name, tensor in entry.tensors.items()}
     source = wide(x if _input(entry) == "x" else y)
     hidden = ACTIVATIONS[_activation(entry)](F.linear(source, tensors["down"], tensors.get("down_bias")))

@@ -12,7 +12,7 @@ from adapters_store.primitives.lowrank import LowRankBank
 
 
 def calibrate_lowrank(dtype: torch.dtype, device: torch.device) -> None:
-    """Measure every available form of lowrank and fit its coefficients; about a second. Changes speed, never results."""
+    """Measure every available form of lowrank and fit its coefficients: changes speed, never results."""
 
     @functools.cache
     def site(rank: int, width: int) -> tuple[LowRankBank, Tensor]:

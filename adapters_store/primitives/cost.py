@@ -33,8 +33,8 @@ Work = dict[str, Load]
 
 # microseconds: (constant, per GFLOP, per MB)
 _SHIPPED: dict[torch.dtype, dict[str, tuple[float, float, float]]] = {
-    torch.float32: {"native": (6, 9000, 20), "dense": (60, 11000, 60), "fold": (150, 11000, 90)},
-    torch.bfloat16: {"native": (6, 8500, 30), "dense": (80, 4000, 120), "fold": (180, 4000, 150)},
+    torch.float32: {"native": (8, 5700, 12), "dense": (46, 9400, 27), "fold": (140, 10000, 22)},
+    torch.bfloat16: {"native": (8, 2600, 7), "dense": (80, 2300, 16), "fold": (195, 3000, 4)},
 }
 _coefficients = {dtype: dict(forms) for dtype, forms in _SHIPPED.items()}
 _forced: list[str] = []
@@ -124,6 +124,8 @@ PROBES = (
     (512, 16, 16, 384),
     (1024, 1, 16, 384),
     (256, 8, 16, 1024),
+    (256, 4, 64, 384),
+    (512, 2, 128, 384),
 )
 
 

@@ -40,7 +40,7 @@ def check(place: Place, entry: Entry) -> None:
 
 
 def delta(place: Place, entry: Entry, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001  # one signature for all
-    """scale * B (A x). x: (tokens, d_in); returns (tokens, d_out) float32."""
+    """Give scale * B (A x). x: (tokens, d_in); returns (tokens, d_out) float32."""
     A, B = wide(entry.tensors["A"]), wide(entry.tensors["B"])
     return float(entry.options.get("scale", 1.0)) * (wide(x) @ A.mT @ B.mT)
 

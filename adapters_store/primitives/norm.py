@@ -41,7 +41,7 @@ def normalised(module: nn.Module, x: Tensor) -> Tensor:
     eps = getattr(module, "eps", None) or getattr(module, "variance_epsilon", None)
     if not _is_rms(module):
         return F.layer_norm(x, x.shape[-1:], eps=float(eps or 1e-5))
-    return F.rms_norm(x, x.shape[-1:], eps=float(eps or torch.finfo(module.weight.dtype).eps))  # type: ignore[arg-type, union-attr]
+    return F.rms_norm(x, x.shape[-1:], eps=float(eps or torch.finfo(module.weight.dtype).eps))  # type: ignore[arg-type]
 
 
 def delta(place: Place, entry: Entry, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001  # one signature for all

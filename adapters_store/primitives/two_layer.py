@@ -23,7 +23,7 @@ Activation = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Pair:
-    """One adapter at one site. A: (r, d_in), a: (r,) or None, B: (d_out, r) with the scale in it, b: (d_out,) or None."""
+    """One adapter at one site. A: (r, d_in), a: (r,) or None, B: (d_out, r) with the scale in it, b: (d_out,)."""
 
     A: Tensor
     B: Tensor
@@ -32,7 +32,7 @@ class Pair:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """Rank r."""
         return self.A.shape[0]
 
 
@@ -67,8 +67,10 @@ def fold(x: Tensor, pairs: Sequence[Pair], selection: Selection, layer: int, f: 
 
 
 def _used(weights: Tensor, selection: Selection) -> list[list[int]]:
-    """For each mix the adapters to fold: all of its own if the weights are learned (a gradient flows into zeros too),
-    else those with any weight at this layer; at least one, so that shapes stay regular."""
+    """For each mix the adapters to fold: those with any weight at this layer, at least one to keep shapes regular.
+
+    If the weights are learned, all of its own: gradients flow into zeros too.
+    """
     if weights.requires_grad:
         return selection.members
     return [row.nonzero().flatten().tolist() or [0] for row in weights.cpu()]
@@ -82,7 +84,7 @@ def _stack(pieces: list[Tensor]) -> Tensor:
 
 def _pieces(bias: Tensor, pairs: Sequence[Pair], row: Sequence[int]) -> Tensor:
     """The parts of all adapters' concatenated bias that belong to these."""
-    parts = bias.split([pair.rank for pair in pairs])
+    parts = torch.split(bias, [pair.rank for pair in pairs])
     return torch.cat([parts[i] for i in row])
 
 

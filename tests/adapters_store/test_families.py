@@ -54,8 +54,13 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "mpnet": MPNetConfig(**SMALL),
     "deberta-v2": DebertaV2Config(**SMALL),
     "deberta-v3": DebertaV2Config(
-        **SMALL, relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True, position_buckets=8,
-        norm_rel_ebd="layer_norm", position_biased_input=False,
+        **SMALL,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        share_att_key=True,
+        position_buckets=8,
+        norm_rel_ebd="layer_norm",
+        position_biased_input=False,
     ),
     "modernbert": ModernBertConfig(
         **SMALL | IDS | {"num_hidden_layers": 4}, pad_token_id=0, cls_token_id=1, sep_token_id=2, local_attention=8

@@ -7,7 +7,13 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
-    AutoModel, AutoModelForSequenceClassification, BertConfig, DistilBertConfig, GPT2Config, LlamaConfig, RobertaConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DistilBertConfig,
+    GPT2Config,
+    LlamaConfig,
+    RobertaConfig,
 )  # fmt: skip
 from typer.testing import CliRunner
 
@@ -17,7 +23,12 @@ from adapters_store.store import AdapterStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's, not ours
 SMALL: dict[str, Any] = {"vocab_size": 99, "max_position_embeddings": 64}
-WIDE: dict[str, Any] = SMALL | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+WIDE: dict[str, Any] = SMALL | {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
 CONFIGS = {
     "bert": BertConfig(**WIDE),
     "roberta": RobertaConfig(**WIDE),
@@ -63,7 +74,9 @@ def test_import_publishes_what_peft_saved(tmp_path: Path) -> None:
 def test_import_refuses_an_adapter_of_another_width_in_one_line(tmp_path: Path) -> None:
     AutoModel.from_config(CONFIGS["bert"]).save_pretrained(tmp_path / "backbone")
     other = AutoModel.from_config(BertConfig(**WIDE | {"hidden_size": 64}))
-    get_peft_model(other, LoraConfig(target_modules=["query"], init_lora_weights=False)).save_pretrained(tmp_path / "lora")
+    get_peft_model(other, LoraConfig(target_modules=["query"], init_lora_weights=False)).save_pretrained(
+        tmp_path / "lora"
+    )
 
     options = ["--backbone", str(tmp_path / "backbone"), "--store", str(tmp_path / "store")]
     result = CliRunner().invoke(import_cli.app, ["import", str(tmp_path / "lora"), "--name", "wide", *options])

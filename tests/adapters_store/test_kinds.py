@@ -1,4 +1,4 @@
-"""Laws of every kind: identity at the start, honest counts, gradients for every parameter, a faithful way to the server."""
+"""Laws of every kind: identity at the start, honest counts, gradients everywhere, a faithful way to the server."""
 
 import copy
 import hashlib

@@ -60,7 +60,9 @@ class Server:
 
     def __init__(self, settings: Settings, served: backbone.Served) -> None:
         self.service = Service(settings, served)
-        config = uvicorn.Config(make_app(self.service), host="127.0.0.1", port=0, log_config=None, access_log=False, http="httptools")
+        config = uvicorn.Config(
+            make_app(self.service), host="127.0.0.1", port=0, log_config=None, access_log=False, http="httptools"
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._run)
 
@@ -102,7 +104,9 @@ async def _prepared(service: Service) -> list[list[Row]]:
     for body in calls(32, 24):
         asked = inference.rows_of(service, InferRequest.model_validate(body), None)
         ids = service.backbone.tokenize([one.text for one in asked], [None] * len(asked))
-        lease = await service.residency.lease(list({m.digest: m for one in asked for m in one.composed.manifests}.values()))
+        lease = await service.residency.lease(
+            list({m.digest: m for one in asked for m in one.composed.manifests}.values())
+        )
         for one, tokens in zip(asked, ids, strict=True):
             rows.append(Row(tokens, inference.mix_of(one.composed, lease), one.pooling, lease.head(one.composed.head)))
         service.residency.release(lease)
@@ -116,7 +120,12 @@ async def _prepared(service: Service) -> list[list[Row]]:
 
 def over_http(server: Server, inputs_per_call: int, in_flight: int, seconds: float) -> dict[str, float]:
     """Texts per second and latencies as a client in another process sees them."""
-    command = [sys.executable, "-m", "tests.bench.load_client", *map(str, (server.port, inputs_per_call, in_flight, seconds))]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.bench.load_client",
+        *map(str, (server.port, inputs_per_call, in_flight, seconds)),
+    ]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
     found: dict[str, float] = json.loads(done.stdout)
     return found
@@ -144,7 +153,10 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
     """A table for people."""
     table = Table("", "inputs per call", "in flight", "texts/s", "p50 ms", "p99 ms", "of the engine alone")
     for line in lines:
-        cells = [str(line.get(key, "")) for key in ("variant", "inputs_per_call", "in_flight", "texts_per_s", "p50_ms", "p99_ms")]
+        cells = [
+            str(line.get(key, ""))
+            for key in ("variant", "inputs_per_call", "in_flight", "texts_per_s", "p50_ms", "p99_ms")
+        ]
         table.add_row(*cells, f"{line['ratio']:.2f}")
     Console(width=120).print(table)
 

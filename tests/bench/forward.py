@@ -121,7 +121,9 @@ class Case:
         return lambda: model(input_ids=self.ids, attention_mask=self.mask, adapter_names=names)
 
 
-def run_case(dtype: str, rank: int, rounds: int, popularities: Sequence[str], actives: Sequence[int]) -> list[dict[str, Any]]:
+def run_case(
+    dtype: str, rank: int, rounds: int, popularities: Sequence[str], actives: Sequence[int]
+) -> list[dict[str, Any]]:
     """All settings of one dtype and rank."""
     case, rng = Case(dtype, rank), random.Random(0)
     variants = {"plain": case.plain_forward(), "bare": case.bare()}
@@ -164,10 +166,14 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
         ratios = {name: line["ratio"] for name, line in by_name.items()}
         plain = by_name["plain"]["ms"]
         bare = f", ours without adapters {ratios['bare']:.2f}" if "bare" in ratios else ""
-        table = Table("adapters", "top-k", *POPULARITY, title=f"{dtype}, r={rank}: plain transformers 1.00 ({plain:.1f} ms){bare}")
+        table = Table(
+            "adapters", "top-k", *POPULARITY, title=f"{dtype}, r={rank}: plain transformers 1.00 ({plain:.1f} ms){bare}"
+        )
         for who, k in (("ours", 1), ("peft", 1), ("ours", 4)):
             for n in ACTIVE:
-                cells = [f"{ratios[name]:.2f}" if (name := f"{who} n={n} k={k} {p}") in ratios else "" for p in POPULARITY]
+                cells = [
+                    f"{ratios[name]:.2f}" if (name := f"{who} n={n} k={k} {p}") in ratios else "" for p in POPULARITY
+                ]
                 if any(cells):
                     table.add_row(f"{who} {n}", str(k), *cells)
         for name in ("resident=16", "resident=1024"):
@@ -180,7 +186,9 @@ def main() -> None:
     """Run, show, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="16 adapters, r=8 and popularity distinct only; writes nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="16 adapters, r=8 and popularity distinct only; writes nothing"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
@@ -189,7 +197,11 @@ def main() -> None:
         for rank in (8,) if options.quick else (8, 16):
             popularities, actives = (("distinct",), (16,)) if options.quick else (POPULARITY, ACTIVE)
             lines += run_case(dtype, rank, options.rounds, popularities, actives)
-        lines += [line | {"r": "8, residents"} for line in run_resident(dtype, 8, options.rounds)] if not options.quick else []
+        lines += (
+            [line | {"r": "8, residents"} for line in run_resident(dtype, 8, options.rounds)]
+            if not options.quick
+            else []
+        )
     show(lines)
     path_line = {"operator_path": native.status().detail, "coefficients": cost.__dict__["_coefficients"].__repr__()}
     if not options.quick:

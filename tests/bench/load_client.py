@@ -34,7 +34,8 @@ async def client(port: int, inputs_per_call: int, in_flight: int, seconds: float
     """The load: so many connections, each sending its next call when the last one is answered."""
     bodies = [json.dumps(body).encode() for body in calls(inputs_per_call)]
     requests = [
-        b"POST /v1/infer HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(b), b)
+        b"POST /v1/infer HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%s"
+        % (len(b), b)
         for b in bodies
     ]
     latencies: list[float] = []
@@ -47,7 +48,9 @@ async def client(port: int, inputs_per_call: int, in_flight: int, seconds: float
             writer.write(requests[index % len(requests)])
             head = await reader.readuntil(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 200"), head
-            length = int(next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")).split(b":")[1])
+            length = int(
+                next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")).split(b":")[1]
+            )
             await reader.readexactly(length)
             latencies.append(time.perf_counter() - start)
         writer.close()

@@ -53,7 +53,9 @@ def machine() -> dict[str, Any]:
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        processor = next((line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), processor)
+        processor = next(
+            (line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), processor
+        )
     return {
         "cpu": processor, "cores": os.cpu_count(), "torch": torch.__version__, "transformers": transformers.__version__,
         "peft": peft.__version__, "python": platform.python_version(), "commit": _commit(), "gpu": "not run on a GPU",
