@@ -97,7 +97,8 @@ class Prior:
             return product
         edges = np.repeat(begin - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
         weights = np.repeat(step[touched], counts) * self._walk.data[edges]
-        return np.bincount(self._walk.indices[edges], weights, minlength=len(step))
+        moved: Vector = np.bincount(self._walk.indices[edges], weights, minlength=len(step))  # type: ignore[assignment]
+        return moved
 
     @functools.cached_property
     def _transposed(self) -> sp.csr_matrix:

@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
         signal.signal(stop, lambda *_: sys.exit(0))
     try:
         service = Service(settings)
-        app = make_app(service, on_ready=lambda ready: print(welcome(ready), flush=True))  # noqa: T201
+        app = make_app(service, on_ready=lambda ready: print(welcome(ready), flush=True))
     except (EspalierError, ValueError, OSError) as error:
         sys.exit(f"espalier-serve: {error}")
     config = uvicorn.Config(

@@ -24,15 +24,18 @@ def make_app(service: Service, on_ready: Callable[[Service], None] = lambda _: N
     keys = Keys.read(settings.api_keys)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await service.start()
         on_ready(service)
-        yield
-        await service.stop()
+        try:
+            yield
+        finally:
+            await service.stop()
 
     app = FastAPI(
         title="Espalier", summary="Many task adapters, composed by a relation graph, on one backbone",
-        version=_version(), lifespan=lifespan, max_body_size=MAX_BODY_BYTES, responses=DOCUMENTED, redoc_url=None,
+        version=_version(), lifespan=lifespan, max_body_size=MAX_BODY_BYTES, responses=DOCUMENTED,
+        docs_url=None, redoc_url=None,
     )  # fmt: skip
     app.state.service = service
     for router in (

@@ -110,7 +110,7 @@ class Catalog:
 def read(store: AdapterStore, previous: Catalog, num_layers: int) -> Catalog:
     """The store's present state. Parsed manifests and an unchanged graph are taken over from before.
 
-    What cannot be read is left out and noted in `broken`; a graph that this backbone cannot serve leaves the one before.
+    What cannot be read is left out and noted in `broken`; a graph that cannot be served leaves the one before.
     """
     broken: dict[str, str] = {}
     found = {name: _adapter(store, name, previous.manifests.get(name, {}), broken) for name in store.names()}
@@ -149,17 +149,19 @@ def _adapter(
 
     Aliases are read first, so what they point at is published by then; a deletion in between means another look.
     """
+    nothing: dict[str, int] = {}
     for _ in range(3):
-        aliases = _noted(broken, name, {}, lambda: store.aliases(name))
+        aliases = _noted(broken, name, nothing, lambda: store.aliases(name))
         numbers = store.versions(name)
         if set(aliases.values()) <= set(numbers):
             break
-    versions = {
-        n: known.get(n) or _noted(broken, f"{name}@{n}", None, lambda n=n: store.resolve(f"{name}@{n}"))
-        for n in numbers
-    }
+    versions = {n: known.get(n) or _manifest(store, f"{name}@{n}", broken) for n in numbers}
     readable = {n: manifest for n, manifest in versions.items() if manifest}
     return readable, {alias: n for alias, n in aliases.items() if n in readable}
+
+
+def _manifest(store: AdapterStore, reference: str, broken: dict[str, str]) -> Manifest | None:
+    return _noted(broken, reference, None, lambda: store.resolve(reference))
 
 
 def _noted(broken: dict[str, str], what: str, otherwise: Found, read: Callable[[], Found]) -> Found:

@@ -38,7 +38,10 @@ class Ask:
 
 @dataclass(frozen=True, eq=False)
 class Composed:
-    """The answer: adapter versions with their weights (num_layers,), and the version whose head answers."""
+    """The answer: adapter versions with their weights (num_layers,), and the version whose head answers.
+
+    task: the one that is answered; None for a mixture or explicit weights without a head.
+    """
 
     mode: Mode
     task: str | None
@@ -95,14 +98,14 @@ class Composer:
         return self._known[ask]
 
     def _compose(self, ask: Ask, catalog: Catalog) -> Composed:
-        mode: Mode = "explicit" if ask.adapters is not None else ask.mode
+        mode: Mode = "explicit" if ask.adapters is not None and ask.mode != "none" else ask.mode
         head = self._head(ask, catalog)
         parts = _merged(self._versions(ask, mode, catalog))
         if len(parts) > self.max_adapters:
             raise TooManyAdaptersError(
                 f"{len(parts)} adapters for one row; at most {self.max_adapters} (--max-adapters)"
             )
-        return Composed(mode, ask.task or (ask.head if head else None), catalog.graph_version, parts, head)
+        return Composed(mode, _task_of(ask, head, catalog), catalog.graph_version, parts, head)
 
     def _versions(self, ask: Ask, mode: Mode, catalog: Catalog) -> list[Part]:
         """Versions with their weights; one version may come twice, by two references."""
@@ -137,13 +140,18 @@ class Composer:
         asked = ask.head or ask.task
         if asked is None:
             raise NoHeadError('say whose head answers: "head": "books" (a task, or an adapter reference)')
-        known = asked in catalog.adapter_of_task or (catalog.graph is not None and asked in catalog.graph.nodes)
-        manifest = (
-            catalog.manifest_of_task(asked) if known or ("@" not in asked and ask.task) else catalog.resolve(asked)
-        )
+        is_task = asked in catalog.task_set or asked == ask.task
+        manifest = catalog.manifest_of_task(asked) if is_task else catalog.resolve(asked)
         if manifest.head is None:
             raise NoHeadError(f'{manifest.reference} has no head, so it cannot classify; name another in "head"')
         return manifest
+
+
+def _task_of(ask: Ask, head: Manifest | None, catalog: Catalog) -> str | None:
+    """The task that is answered: the one whose head answers, by the name it was asked for."""
+    if ask.head is None or head is None:
+        return ask.task
+    return ask.head if ask.head in catalog.task_set else head.task
 
 
 def _merged(parts: Iterable[Part]) -> tuple[Part, ...]:

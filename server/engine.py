@@ -5,6 +5,7 @@ half put. The slow parts (disk, checks, tokenizing) happen elsewhere.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -59,7 +60,8 @@ class Engine:
 
     def post(self, call: Callable[[], object]) -> None:
         """Have call run between forwards, in the order of asking, without waiting for it."""
-        self._thread.submit(call)
+        with contextlib.suppress(RuntimeError):  # closed: nothing runs on this device any more
+            self._thread.submit(call)
 
     def forward(self, rows: Sequence[Row]) -> Forwarded:
         """Answers of rows in one pass of the backbone. Call through `run`."""

@@ -13,10 +13,11 @@ from adapters_store.manifest import HeadSpec
 from adapters_store.mixing import Mix
 from server.compose import Ask, Composed
 from server.engine import Row
-from server.errors import BadInputError, ForbiddenError, NotFiniteAnswerError
+from server.errors import BadInputError, NotFiniteAnswerError
 from server.residency import Lease
 from server.scheduler import Admission, Answer
 from server.schemas import InferRequest, Input, Options, Weight
+from server.security import require_tasks
 from server.service import Service
 
 
@@ -90,23 +91,27 @@ def freeze(weight: Weight) -> float | tuple[float, ...]:
 
 
 def _asked(service: Service, one: Input, ask: Ask, allowed: frozenset[str] | None) -> Asked:
-    composed = service.composer.compose(ask, service.catalog)
-    check_allowed(composed, allowed)
-    assert composed.head is not None, "our bug: a classifying row without a head"
-    head: HeadSpec | None = composed.head.head
-    assert head is not None, "our bug: compose() returned a head that is none"
+    composed = compose(service, ask, allowed)
+    head = head_of(composed)
     return Asked(one.text, composed, head.pooling, head.max_length)
 
 
-def check_allowed(composed: Composed, allowed: frozenset[str] | None) -> None:
-    """Refuse what a key's list of tasks does not cover: the answering head, and adapters asked for by name."""
-    if allowed is None:
-        return
-    used = {composed.head.task} if composed.head else set()
-    if composed.mode == "explicit" or composed.head is None:
-        used |= {manifest.task for manifest, _ in composed.parts}
-    if not used <= allowed:
-        raise ForbiddenError(f"this key may not use task {', '.join(sorted(used - allowed))}")
+def compose(service: Service, ask: Ask, allowed: frozenset[str] | None) -> Composed:
+    """What the composer gives, if the key's list of tasks covers the question. Raises ForbiddenError else."""
+    composed = service.composer.compose(ask, service.catalog)
+    if allowed is not None:
+        named = {ask.task, composed.task, *(task for task, _ in ask.mix)} - {None}
+        if ask.adapters is not None:
+            named |= {manifest.task for manifest, _ in composed.parts}
+        require_tasks(allowed, named)
+    return composed
+
+
+def head_of(composed: Composed) -> HeadSpec:
+    """The head that answers a classifying row."""
+    if composed.head is None or composed.head.head is None:
+        raise AssertionError("our bug: a classifying row without a head")
+    return composed.head.head
 
 
 async def run(service: Service, asked: Sequence[Asked]) -> Answered:
@@ -193,14 +198,11 @@ def _count(service: Service, composed: Composed) -> None:
 
 def _output(row: Asked, answer: Answer, explain: bool) -> dict[str, Any]:
     """Label, score and scores of one row, and the composition that gave them."""
-    manifest = row.composed.head
-    assert manifest is not None, "our bug: a classifying row without a head"
-    assert manifest.head is not None, "our bug: compose() returned a head that is none"
+    labels = head_of(row.composed).labels
     scores = softmax(answer.values)
     best = int(np.argmax(scores))
-    labels = manifest.head.labels
     return {
-        "task": manifest.task,
+        "task": row.composed.task,
         "label": labels[best],
         "score": scores[best],
         "scores": dict(zip(labels, scores, strict=True)),

@@ -4,12 +4,12 @@ The key itself is printed once and kept nowhere; the file gets its hash.
 """
 
 import hashlib
-import json
 import secrets
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 
 from server.security import KeyFile
 
@@ -22,17 +22,17 @@ def make(
 ) -> None:
     """Make a key, add its hash to the file, print the key."""
     key = "esp-" + secrets.token_urlsafe(32)
-    entry = {
-        "name": name,
-        "sha256": hashlib.sha256(key.encode()).hexdigest(),
-        "scopes": scope or ["infer"],
-        "tasks": task,
-    }
-    known = json.loads(file.read_text())["keys"] if file.exists() else []
-    checked = KeyFile.model_validate({"keys": [*known, entry]})
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    entry = {"name": name, "sha256": digest, "scopes": scope or ["infer"], "tasks": task}
+    try:
+        known = KeyFile.model_validate_json(file.read_bytes()).model_dump()["keys"] if file.exists() else []
+        checked = KeyFile.model_validate({"keys": [*known, entry]})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise typer.BadParameter(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     beside = file.with_suffix(".tmp")
+    beside.touch(mode=0o600)
     beside.write_text(checked.model_dump_json(indent=2, exclude_none=True))
-    beside.chmod(0o600)
     beside.replace(file)
     typer.echo(key)
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
@@ -14,6 +15,8 @@ from adapters_store.errors import EspalierError
 from server import logs
 from server.edge import is_openai
 from server.errors import OverloadedError, openai_error, problem, status_of
+from server.openai_schema import OpenAIError
+from server.replies_schema import Problem
 
 Result = TypeVar("Result")
 log = logging.getLogger("espalier.request")
@@ -25,15 +28,29 @@ _CODES = {
     415: "unsupported_media_type",
     499: "client_left",
 }
-DOCUMENTED: dict[int | str, dict[str, Any]] = {
-    status: {"description": text, "content": {"application/problem+json": {}}}
-    for status, text in {
-        400: "the body is no JSON", 401: "no key, or an unknown one", 403: "the key may not do this",
-        404: "unknown task, adapter or version", 409: "somebody else was first", 412: "If-Match names another version",
-        413: "too large", 415: "not JSON", 422: "cannot be processed; `code` says why", 429: "the queue is full",
-        500: "our fault", 503: "starting or stopping",
-    }.items()
+_MEANING = {
+    400: "the body is no JSON", 401: "no key, or an unknown one", 403: "the key may not do this",
+    404: "unknown task, adapter or version", 409: "somebody else was first", 412: "If-Match names another version",
+    413: "too large", 415: "not JSON", 422: "cannot be processed; `code` says why", 429: "too much is waiting",
+    431: "headers too large", 500: "our fault", 503: "starting or stopping",
 }  # fmt: skip
+
+
+def _documented(model: type[BaseModel], media: str) -> dict[int | str, dict[str, Any]]:
+    schema = {"schema": model.model_json_schema()}
+    if "$defs" in schema["schema"]:  # one level is all there is
+        schema = {"schema": _inlined(schema["schema"])}
+    return {status: {"description": text, "content": {media: schema}} for status, text in _MEANING.items()}
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    definitions = schema.pop("$defs")
+    found = {name: definitions[part["$ref"].rsplit("/", 1)[1]] for name, part in schema["properties"].items()}
+    return schema | {"properties": found}
+
+
+DOCUMENTED = _documented(Problem, "application/problem+json")
+OPENAI_DOCUMENTED = _documented(OpenAIError, "application/json")
 
 
 def reply(content: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

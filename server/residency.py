@@ -22,7 +22,7 @@ from adapters_store.primitives.head import Head
 from adapters_store.sites import Sites
 from server import logs
 from server.engine import Engine
-from server.errors import TooManyAdaptersError
+from server.errors import DrainingError, TooManyAdaptersError
 from server.host_cache import HostCache
 from server.metrics import Metrics
 
@@ -53,7 +53,7 @@ class Failure(NamedTuple):
     """Why a version could not be made resident."""
 
     manifest: Manifest
-    error: BaseException
+    error: Exception
     code: str
 
 
@@ -182,7 +182,10 @@ class Residency:
         start = time.perf_counter()
         try:
             await self._place(resident)
-        except BaseException as error:  # whatever it was, those who wait must hear it  # noqa: BLE001
+        except asyncio.CancelledError:
+            self._fail(resident, DrainingError("the server stopped while the adapter was loading"))
+            return
+        except Exception as error:  # noqa: BLE001  # whatever it was, those who wait must hear it
             self._fail(resident, error)
             return
         self.failures.pop(resident.manifest.digest, None)
@@ -204,7 +207,7 @@ class Residency:
             await self._prove(manifest, slot, resident.head)
             self.proved.add(manifest.digest)
 
-    def _fail(self, resident: Resident, error: BaseException) -> None:
+    def _fail(self, resident: Resident, error: Exception) -> None:
         manifest = resident.manifest
         known = isinstance(error, EspalierError)
         code = error.code if isinstance(error, EspalierError) else "internal"
@@ -215,7 +218,7 @@ class Residency:
         self.failures[manifest.digest] = Failure(manifest, error, code)
         self._cache.drop(manifest.digest)
         self._metrics.load_failures.labels(code).inc()
-        resident.ready.set_exception(error if isinstance(error, Exception) else RuntimeError("the server is stopping"))
+        resident.ready.set_exception(error)
         resident.ready.exception()  # seen, even if nobody waits any more
         self._retire(resident)
 

@@ -9,6 +9,8 @@ MAX_TEXT = 1_000_000  # characters; the tokenizer cuts to the backbone's length,
 Weight = float | list[float]
 Name = Annotated[str, Field(min_length=1, max_length=64)]
 Ref = Annotated[str, Field(min_length=1, max_length=200)]
+Mix = Annotated[dict[Name, Annotated[float, Field(le=1e6)]], Field(min_length=1, max_length=64)]
+Temperature = Annotated[float, Field(ge=1e-3, le=1e6)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 
 
@@ -24,7 +26,7 @@ class Input(_Strict):
     tasks: list[Name] | None = Field(
         None, min_length=1, max_length=256, description="answer the same text once per task"
     )
-    mix: dict[Name, float] | None = Field(None, min_length=1, max_length=64, description="a mixture of tasks: shares")
+    mix: Mix | None = Field(None, description="a mixture of tasks: shares")
     adapters: dict[Ref, Weight] | None = Field(None, max_length=64, description="reference -> weight, or one per layer")
     head: Ref | None = Field(None, description="whose head answers: a task or an adapter reference")
 
@@ -47,7 +49,7 @@ class Options(_Strict):
 
     mode: Literal["prior", "single", "explicit", "none"] | None = Field(None, description="default: prior")
     top_k: int | None = Field(None, ge=1, le=256, description="adapters per row at most")
-    temperature: float | None = Field(None, gt=0, le=1e6, description="divides the evidence")
+    temperature: Temperature | None = Field(None, description="divides the evidence")
     threshold: float | None = Field(None, ge=0, le=1, description="relative gate: drop weights below it x the largest")
     explain: bool = Field(False, description="also tell the weight of each layer")
 
@@ -85,9 +87,9 @@ class EmbeddingOptions(_Strict):
 
     mode: Literal["prior", "single", "explicit", "none"] | None = None
     adapters: dict[Ref, Weight] | None = Field(None, max_length=64)
-    mix: dict[Name, float] | None = Field(None, min_length=1, max_length=64)
+    mix: Mix | None = None
     top_k: int | None = Field(None, ge=1, le=256)
-    temperature: float | None = Field(None, gt=0, le=1e6)
+    temperature: Temperature | None = None
     threshold: float | None = Field(None, ge=0, le=1)
     pooling: Literal["mean", "cls", "last"] | None = None
     normalize: bool = True

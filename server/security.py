@@ -1,12 +1,14 @@
 """API keys: who may infer, who may administer, and for which tasks.
 
-Keys live as SHA-256 hashes in a JSON file: {"keys": [{"name": "web", "sha256": "…", "scopes": ["infer"],
-"tasks": ["books"]}]}. Keys are random 256-bit strings, so a plain hash is enough. `python -m server.keys NAME` makes one.
+Keys live as SHA-256 hashes in a JSON file:
+{"keys": [{"name": "web", "sha256": "…", "scopes": ["infer"], "tasks": ["books"]}]}.
+Keys are random 256-bit strings, so a plain hash is enough. `python -m server.keys NAME` makes one.
 Without a file the server listens on loopback only and everybody there may do everything.
 """
 
 import hashlib
 import hmac
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -52,8 +54,12 @@ class Keys:
             return Keys(None)
         try:
             return Keys(KeyFile.model_validate_json(path.read_bytes()).keys)
-        except (OSError, ValidationError) as error:
-            raise ValueError(f"--api-keys {path}: {error}") from error
+        except OSError as error:
+            raise ValueError(f"--api-keys {path}: {error.strerror}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise ValueError(f"--api-keys {path}: {where}: {first['msg']}; python -m server.keys makes keys") from error
 
     def check(self, authorization: str | None, scope: Scope) -> Key:
         """The key of an Authorization header, if it has the scope. Raises UnauthorizedError or ForbiddenError."""
@@ -67,3 +73,16 @@ class Keys:
         if scope not in found[0].scopes:
             raise ForbiddenError(f"key {found[0].name!r} lacks the scope {scope!r}")
         return found[0]
+
+
+def require_tasks(allowed: frozenset[str] | None, tasks: Iterable[str | None]) -> None:
+    """Let pass only what a key's list of tasks covers; None allows all. Raises ForbiddenError."""
+    beyond = sorted({task for task in tasks if task} - allowed) if allowed is not None else []
+    if beyond:
+        raise ForbiddenError(f"this key may not use task {', '.join(beyond[:20])}")
+
+
+def require_all_tasks(allowed: frozenset[str] | None) -> None:
+    """Let pass only keys without a list of tasks. Raises ForbiddenError."""
+    if allowed is not None:
+        raise ForbiddenError("the graph is about all tasks; this key is for some of them")

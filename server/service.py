@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from adapters_store import adapter as adapters
 from adapters_store.adapter import Adapter
-from adapters_store.errors import BackboneMismatchError, EspalierError, UnknownSiteError, UnsupportedError
+from adapters_store.errors import BackboneMismatchError, UnknownSiteError, UnsupportedError
 from adapters_store.manifest import Manifest
 from adapters_store.primitives import calibration, native
 from adapters_store.primitives.head import Head

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from adapters_store import exchange, peft_format
 from adapters_store.adapter import Adapter
@@ -20,6 +20,10 @@ from server import golden
 from server.service import Service
 
 MAX_EXAMPLES = 64
+PARTS = (
+    "adapter_config.json", "adapter_model.safetensors", "manifest.json", "tensors.safetensors",
+    "head.json", "head.safetensors", "examples.jsonl",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,8 @@ async def publish(service: Service, upload: Upload) -> dict[str, Any]:
     check_name(upload.task, "task")
     if upload.alias is not None:
         check_alias(upload.alias)
-    if upload.name == service.backbone.name.lower():
-        raise ConflictError(f"{upload.name!r} is the backbone's name; an adapter of that name would hide it")
+    if service.backbone.name.lower() in (upload.name, upload.task):
+        raise ConflictError(f"{service.backbone.name!r} is the backbone; an adapter or task of that name would hide it")
     candidate = await service.work(lambda: _read(service, upload))
     await golden.prove(service, candidate.adapter, candidate.golden, upload.name)
     manifest = await service.work(lambda: _publish(service, upload, candidate))
@@ -126,10 +130,12 @@ def _examples(files: dict[str, bytes]) -> tuple[GoldenExample, ...]:
     """Golden examples of examples.jsonl: {"text", "logits"} per line. Raises FormatError."""
     try:
         lines = [line for line in files.get("examples.jsonl", b"").decode().splitlines() if line.strip()]
-        parsed = [_Example.model_validate(json.loads(line)) for line in lines[:MAX_EXAMPLES]]
+        if len(lines) > MAX_EXAMPLES:
+            raise FormatError(f"examples.jsonl has {len(lines)} lines, at most {MAX_EXAMPLES} are run")
+        parsed = [_Example.model_validate(json.loads(line)) for line in lines]
         return tuple(GoldenExample(text=one.text, logits=tuple(one.logits)) for one in parsed)
-    except (UnicodeDecodeError, json.JSONDecodeError, ValidationError) as error:
-        raise FormatError(f'examples.jsonl needs {{"text": …, "logits": […]}} per line: {error}') from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, or not this JSON
+        raise FormatError('examples.jsonl needs {"text": "…", "logits": [0.1, …]} on each line') from error
 
 
 def _publish(service: Service, upload: Upload, candidate: Candidate) -> Manifest:

@@ -6,18 +6,22 @@ from fastapi import APIRouter, Header, Response
 
 from adapters_store.errors import ConflictError, GraphNotFoundError
 from adapters_store.graph import RelationGraph
+from server import replies_schema as said
+from server.catalog import check_graph
 from server.errors import PreconditionError
 from server.replies import reply
-from server.routes import ActorDep, ServiceDep
+from server.routes import ActorDep, AllowedDep, ServiceDep
 from server.schemas import GraphBody
+from server.security import require_all_tasks
 
 MAX_GRAPH_BYTES = 256 * 2**20  # 10,000 tasks with 50 edges each take about 50 MB
 router = APIRouter(tags=["graph"])
 
 
-@router.get("/v1/graph", summary="The relation graph as node-link JSON")
-async def graph(service: ServiceDep, version: int | None = None) -> Response:
+@router.get("/v1/graph", summary="The relation graph as node-link JSON", response_model=said.Graph)
+async def graph(service: ServiceDep, allowed: AllowedDep, version: int | None = None) -> Response:
     """ETag is the version; older ones with `?version=`."""
+    require_all_tasks(allowed)
     if version is not None and version != service.catalog.graph_version:
         number, document = await service.work(lambda: service.store.graph(version))
         return reply(document, headers={"etag": f'"{number}"'})
@@ -27,15 +31,22 @@ async def graph(service: ServiceDep, version: int | None = None) -> Response:
     return reply(await service.work(found.to_json), headers={"etag": f'"{service.catalog.graph_version}"'})
 
 
-@router.put("/v1/graph", summary="Replace the relation graph", max_body_size=MAX_GRAPH_BYTES)
+@router.put(
+    "/v1/graph", summary="Replace the relation graph", response_model=said.GraphReplaced, max_body_size=MAX_GRAPH_BYTES
+)
 async def replace(
-    body: GraphBody, service: ServiceDep, actor: ActorDep, if_match: Annotated[str | None, Header()] = None
+    body: GraphBody,
+    service: ServiceDep,
+    actor: ActorDep,
+    allowed: AllowedDep,
+    if_match: Annotated[str | None, Header()] = None,
 ) -> Response:
     """Checked, published as a new version, and served from the next request on. If-Match: the version you edited."""
+    require_all_tasks(allowed)
     current = service.catalog.graph_version
-    if if_match is not None and if_match.strip() not in ("*", f'"{current}"', str(current)):
+    if if_match is not None and not _matches(if_match, current):
         raise PreconditionError(f"the graph is at version {current}, If-Match says {if_match}; fetch it and edit again")
-    document: dict[str, Any] = await service.work(lambda: RelationGraph.from_json(body).to_json())
+    document = await service.work(lambda: _checked(body, service.backbone.encoder.num_layers))
     expected = current if if_match is not None else None
     try:
         number = await service.work(lambda: service.store.publish_graph(document, None, actor, expected))
@@ -46,7 +57,20 @@ async def replace(
     return reply({"version": number} | counts, headers={"etag": f'"{number}"'})
 
 
-@router.get("/v1/graph/versions", summary="Versions of the graph")
+def _matches(if_match: str, version: int) -> bool:
+    """True if the header is * or lists the version's ETag."""
+    tags = [tag.strip().removeprefix("W/").strip('"') for tag in if_match.split(",")]
+    return "*" in tags or str(version) in tags
+
+
+def _checked(body: GraphBody, num_layers: int) -> dict[str, Any]:
+    """The graph as plain JSON. Raises InvalidGraphError if it is none, or does not fit the backbone."""
+    found = RelationGraph.from_json(body)
+    check_graph(found, num_layers)
+    return found.to_json()
+
+
+@router.get("/v1/graph/versions", summary="Versions of the graph", response_model=said.GraphVersions)
 async def versions(service: ServiceDep) -> Response:
     """All of them, and the one that serves."""
     return reply(

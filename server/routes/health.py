@@ -1,31 +1,38 @@
 """`/health`, `/ready`, `/metrics`, and the console at `/`."""
 
 from pathlib import Path
+from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from server import replies_schema as said
 from server.replies import reply
 from server.routes import ServiceDep
+from server.service import Service
 
 router = APIRouter(tags=["operations"])
 CONSOLE = Path(__file__).parents[1] / "console"
 
 
-@router.get("/health", summary="The process is alive")
+@router.get("/health", summary="The process is alive", response_model=said.Alive)
 async def health() -> Response:
     """Always 200."""
     return reply({"status": "ok"})
 
 
-@router.get("/ready", summary="The backbone is loaded and its adapters are proved")
-async def ready(service: ServiceDep) -> Response:
-    """503 while starting or draining; tells which operator path serves and which adapters were refused."""
+@router.get("/ready", summary="The backbone is loaded and its adapters are proved", response_model=said.Ready)
+async def ready(request: Request, service: ServiceDep) -> Response:
+    """503 while starting or draining; to a key it also tells what serves, and which adapters were refused."""
+    facts = {"ready": service.unready is None, "reason": service.unready}
+    more = _details(service) if hasattr(request.state, "key") else {}
+    return reply(facts | more, 200 if service.unready is None else 503)
+
+
+def _details(service: Service) -> dict[str, Any]:
     encoder = service.backbone.encoder
-    facts = {
-        "ready": service.unready is None,
-        "reason": service.unready,
+    return {
         "backbone": service.backbone.name,
         "dtype": service.settings.dtype,
         "device": str(encoder.device),
@@ -36,7 +43,6 @@ async def ready(service: ServiceDep) -> Response:
         "graph_version": service.catalog.graph_version,
         "refused": service.problems,
     }
-    return reply(facts, 200 if service.unready is None else 503)
 
 
 @router.get("/metrics", summary="Prometheus metrics")
@@ -49,3 +55,9 @@ async def metrics(service: ServiceDep) -> Response:
 async def console() -> Response:
     """A page to look at tasks, adapters and the graph, and to try a text."""
     return FileResponse(CONSOLE / "index.html")
+
+
+@router.get("/docs", include_in_schema=False)
+async def docs() -> Response:
+    """The OpenAPI document as a page; it needs nothing from the network."""
+    return FileResponse(CONSOLE / "docs.html")

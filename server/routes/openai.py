@@ -8,34 +8,43 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 
 from adapters_store.composition import Overrides
-from adapters_store.errors import AdapterNotFoundError, TaskNotFoundError
+from adapters_store.errors import InvalidNameError, NotFoundError
+from adapters_store.manifest import Manifest
 from server import inference
+from server import openai_schema as said
 from server.compose import Ask
-from server.errors import BadInputError
+from server.errors import BadInputError, ModelNotFoundError
 from server.inference import Asked
-from server.replies import reply, unless_gone
+from server.replies import OPENAI_DOCUMENTED, reply, unless_gone
 from server.routes import AllowedDep, ServiceDep
 from server.schemas import EmbeddingOptions, EmbeddingRequest
 from server.service import Service
 
-router = APIRouter(tags=["openai"])
+router = APIRouter(tags=["openai"], responses=OPENAI_DOCUMENTED)
 
 
-@router.get("/v1/models", summary="The backbone, the tasks and the adapters")
-async def models(service: ServiceDep) -> Response:
-    """What `model` may name."""
-    return reply({"object": "list", "data": [_model(service, name) for name in _names(service)]})
+@router.get("/v1/models", summary="The backbone, the tasks and the adapters", response_model=said.Models)
+async def models(service: ServiceDep, allowed: AllowedDep) -> Response:
+    """What `model` may name, as far as the key may use it."""
+    catalog = service.catalog
+    tasks = [task for task in catalog.tasks if allowed is None or task in allowed]
+    names = [name for name in sorted(catalog.manifests) if allowed is None or catalog.resolve(name).task in allowed]
+    listed = dict.fromkeys([service.backbone.name, *tasks, *names])
+    return reply({"object": "list", "data": [_model(service, name) for name in listed]})
 
 
-@router.get("/v1/models/{name:path}", summary="One model")
-async def model(name: str, service: ServiceDep) -> Response:
+@router.get("/v1/models/{name:path}", summary="One model", response_model=said.Model)
+async def model(name: str, service: ServiceDep, allowed: AllowedDep) -> Response:
     """The backbone, a task, or an adapter reference such as `books@3`."""
-    if name not in _names(service):
-        service.catalog.resolve(name)
+    manifest = _manifest(service, name)
+    if allowed is not None and manifest is not None and not {name, manifest.task} & allowed:
+        raise ModelNotFoundError(f"model {name!r} is not one that this key may use")
     return reply(_model(service, name))
 
 
-@router.post("/v1/embeddings", summary="Pooled hidden states, under a task's composition")
+@router.post(
+    "/v1/embeddings", summary="Pooled hidden states, under a task's composition", response_model=said.Embeddings
+)
 async def embeddings(body: EmbeddingRequest, request: Request, service: ServiceDep, allowed: AllowedDep) -> Response:
     """`model`: the backbone (no adapters), a task (its composition), or an adapter reference (that one alone)."""
     asked = _rows(service, body, allowed)
@@ -50,29 +59,33 @@ async def embeddings(body: EmbeddingRequest, request: Request, service: ServiceD
     return reply({"object": "list", "model": body.model, "data": data, "usage": usage, "espalier": extras})
 
 
-def _names(service: Service) -> list[str]:
-    catalog = service.catalog
-    return list(dict.fromkeys([service.backbone.name, *catalog.tasks, *sorted(catalog.manifests)]))
+def _manifest(service: Service, model: str) -> Manifest | None:
+    """The version that a model's name means now; None for the backbone. Raises ModelNotFoundError."""
+    if model == service.backbone.name:
+        return None
+    try:
+        if model in service.catalog.task_set:
+            return service.catalog.manifest_of_task(model)
+        return service.catalog.resolve(model)
+    except (NotFoundError, InvalidNameError) as error:
+        raise ModelNotFoundError(
+            f"model {model!r} is neither the backbone, nor a task, nor an adapter: {error}"
+        ) from error
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
-    kind = "backbone" if name == service.backbone.name else "task" if name in service.catalog.tasks else "adapter"
-    return {
-        "id": name,
-        "object": "model",
-        "created": 0,
-        "owned_by": "espalier",
-        "kind": kind,
-        "parent": service.backbone.name,
-    }
+    manifest = _manifest(service, name)
+    kind = "backbone" if manifest is None else "task" if name in service.catalog.task_set else "adapter"
+    created = int(manifest.created_at.timestamp()) if manifest else 0
+    parent = service.backbone.name if manifest else None
+    return {"id": name, "object": "model", "created": created, "owned_by": "espalier", "kind": kind, "parent": parent}
 
 
 def _rows(service: Service, body: EmbeddingRequest, allowed: frozenset[str] | None) -> list[Asked]:
     size = service.backbone.encoder.hidden_size
     if body.dimensions not in (None, size):
         raise BadInputError(f"this backbone gives {size} dimensions, not {body.dimensions}; leave 'dimensions' out")
-    composed = service.composer.compose(_ask(service, body.model, body.espalier), service.catalog)
-    inference.check_allowed(composed, allowed)
+    composed = inference.compose(service, _ask(service, body.model, body.espalier), allowed)
     pooling = body.espalier.pooling or service.backbone.default_pooling
     inputs = _inputs(service, body.input)
     if len(inputs) > service.settings.max_inputs:
@@ -108,16 +121,10 @@ def _ask(service: Service, model: str, extras: EmbeddingOptions) -> Ask:
         return Ask("explicit", adapters=weights, needs_head=False)
     if extras.mix is not None:
         return Ask(extras.mode or "prior", mix=tuple(extras.mix.items()), needs_head=False, overrides=overrides)
-    if model == service.backbone.name:
+    if _manifest(service, model) is None:
         return Ask("none", needs_head=False)
-    if model in service.catalog.tasks:
+    if model in service.catalog.task_set:
         return Ask(extras.mode or "prior", task=model, needs_head=False, overrides=overrides)
-    try:
-        service.catalog.resolve(model)
-    except AdapterNotFoundError as error:
-        raise TaskNotFoundError(
-            f"model {model!r} is neither the backbone, nor a task, nor an adapter: {error}"
-        ) from error
     return Ask("explicit", adapters=((model, 1.0),), needs_head=False)
 
 

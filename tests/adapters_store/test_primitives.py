@@ -99,11 +99,12 @@ def test_primitives_mix_at_one_site(dtype: torch.dtype, data: st.DataObject) -> 
     _assert_law(data, _linear(33, 47), ON_LINEAR, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NORMS)
 @light
 @given(data=st.data())
-def test_norm_and_others_mix_at_a_norm(name: str, data: st.DataObject) -> None:
-    _assert_law(data, NORMS[name], tuple(PRIMITIVES), torch.float32)
+def test_norm_and_others_mix_at_a_norm(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    _assert_law(data, NORMS[name], tuple(PRIMITIVES), dtype)
 
 
 @pytest.mark.parametrize("name", NORMS)
