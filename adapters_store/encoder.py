@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from adapters_store.mixing import Mix, MixedBatch
 from adapters_store.packing import PACKED, packed, runs_of
-from adapters_store.sites import Sites, exclude_odd, in_eval
+from adapters_store.places import in_eval
+from adapters_store.sites import Sites, exclude_odd
 
 Rows = Sequence[Sequence[int]]
 

@@ -32,8 +32,9 @@ from adapters_store.errors import (
 from adapters_store.peft_config import ALL_LINEAR, CONFIG_NAME, MAX_JSON_BYTES, PeftConfig, ends, is_target, read_config
 from adapters_store.peft_export import write_folder
 from adapters_store.peft_heads import HEAD_NAME, HEAD_TENSORS_NAME, read_head, read_saved, with_head
+from adapters_store.places import is_linear
 from adapters_store.primitives import Entry
-from adapters_store.sites import Sites, is_linear
+from adapters_store.sites import Sites
 from adapters_store.tensors import LIMITS, TensorLimits, read_tensors
 
 TENSORS_NAME = "adapter_model.safetensors"

@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterable, Mapping
 
 from adapters_store.errors import NoSiteError
+from adapters_store.places import is_linear
 from adapters_store.primitives.norm import is_norm
-from adapters_store.sites import Sites, is_linear
+from adapters_store.sites import Sites
 
 _ROLES = {
     "q": r"(self\.query|q_proj|q_lin|c_attn|query_key_value|qkv_proj)",

@@ -6,7 +6,6 @@ batch set the forward is the original one. Training and serving run through thes
 """
 
 import functools
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,10 +15,9 @@ from torch import Tensor, nn
 
 from adapters_store.errors import KeysError, NoSiteError, UnknownSiteError
 from adapters_store.mixing import MixedBatch
+from adapters_store.places import blocks, is_linear, layers_by_name, widths
 from adapters_store.primitives import Bank, Entry, Place, primitive
 from adapters_store.primitives.norm import is_norm
-
-_NUMBER = re.compile(r"\.(\d+)(?:\.|$)")
 
 
 class Site:
@@ -105,7 +103,7 @@ class Sites(Mapping[str, Site]):
         self._running = threading.Lock()
         self._sites: dict[str, Site] = {}
         self._excluded: dict[str, str] = {}
-        self._layers = _layers_by_name(backbone)
+        self._layers = layers_by_name(backbone)
         self.num_layers = max(self._layers.values(), default=0) + 1
         self._swap_all()
 
@@ -124,7 +122,7 @@ class Sites(Mapping[str, Site]):
                 self._attach(name, module)
 
     def _attach(self, name: str, module: nn.Module) -> None:
-        d_in, d_out = _widths(module, self.hidden_size)
+        d_in, d_out = widths(module, self.hidden_size)
         site = Site(self, Place(name, module, d_in, d_out, self._layers[name]))
         self._sites[name] = site
         module.__dict__["_espalier_site"] = site
@@ -202,37 +200,6 @@ class Sites(Mapping[str, Site]):
             self._running.release()
 
 
-def is_linear(module: nn.Module) -> bool:
-    """True for nn.Linear and for transformers' Conv1D (a linear layer that keeps its weight transposed)."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def _widths(module: nn.Module, hidden_size: int) -> tuple[int, int]:
-    """(d_in, d_out) of a module."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    weight = getattr(module, "weight", None)
-    if is_linear(module) and isinstance(weight, Tensor):
-        return weight.shape[0], weight.shape[1]
-    if is_norm(module) and isinstance(weight, Tensor):
-        return weight.shape[0], weight.shape[0]
-    return hidden_size, hidden_size
-
-
-def _layers_by_name(backbone: nn.Module) -> dict[str, int]:
-    """Depth of every module: the first number in its path.
-
-    What stands before the first layer has depth 0, what stands behind the last one has the last depth.
-    """
-    names = [name for name, _ in backbone.named_modules()]
-    depths = {name: int(found[1]) for name in names if (found := _NUMBER.search(name))}
-    last, layers = 0, {}
-    for name in names:
-        last = depths.get(name, last)
-        layers[name] = last
-    return layers
-
-
 @functools.cache
 def _sited(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a module class whose forward goes through its site."""
@@ -248,12 +215,6 @@ def _sited(cls: type[nn.Module]) -> type[nn.Module]:
         return site.apply(x, output)
 
     return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
-
-
-def blocks(backbone: nn.Module) -> list[str]:
-    """Names of the backbone's blocks: what stands in its lists of layers."""
-    lists = [(name, module) for name, module in backbone.named_modules() if isinstance(module, nn.ModuleList)]
-    return [f"{name}.{i}" for name, module in lists for i in range(len(module))]
 
 
 def exclude_odd(sites: Sites, run: Callable[[], object], num_tokens: int) -> None:
@@ -285,11 +246,3 @@ def _watch(counts: set[int], module: nn.Module, args: object, output: Any) -> No
 def slots_freed(sites: Sites) -> int:
     """How many (site, slot) pairs are filled: 0 once everything is unloaded. For tests and metrics."""
     return sum(len(bank.slots) for site in sites.values() for bank in site.banks.values())
-
-
-def in_eval(backbone: nn.Module) -> nn.Module:
-    """The backbone frozen and in evaluation mode: no dropout, no gradients of its own."""
-    backbone.eval()
-    for parameter in backbone.parameters():
-        parameter.requires_grad_(False)
-    return backbone

@@ -14,7 +14,7 @@ from adapters_store.errors import BackboneMismatchError, UnknownSiteError, Unsup
 from adapters_store.manifest import Manifest
 from adapters_store.primitives import calibration, native
 from adapters_store.primitives.head import Head
-from adapters_store.sites import blocks
+from adapters_store.places import blocks
 from adapters_store.store import AdapterStore
 from server import backbone, catalog, golden, logs
 from server.backbone import Served

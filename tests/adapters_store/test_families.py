@@ -30,9 +30,9 @@ from transformers import (
 from adapters_store.encoder import Encoder
 from adapters_store.errors import NoSiteError, UnknownSiteError
 from adapters_store.mixing import Mix
+from adapters_store.places import is_linear
 from adapters_store.primitives import Entry
 from adapters_store.roles import select
-from adapters_store.sites import is_linear
 from tests import strategies
 from tests.tolerances import assert_close
 

@@ -15,8 +15,9 @@ from transformers import AutoModel, BertConfig, GPT2Config, LlamaConfig
 from adapters_store.encoder import Encoder
 from adapters_store.errors import UnknownSiteError
 from adapters_store.mixing import Mix, MixedBatch
+from adapters_store.places import is_linear
 from adapters_store.primitives import Entry
-from adapters_store.sites import Sites, is_linear, slots_freed
+from adapters_store.sites import Sites, slots_freed
 from tests import strategies
 from tests.strategies import light
 from tests.tolerances import assert_close, assert_same_bits
