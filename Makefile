@@ -7,7 +7,10 @@ STORE ?= adapters_store/data
 HOST ?= 127.0.0.1
 PORT ?= 8000
 BACKBONE ?=
+# The demo's backbone comes from its package; a hub id needs the hub.
+ifeq ($(BACKBONE),)
 export HF_HUB_OFFLINE ?= 1
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo serve train test check fmt lint types bench bench-http bench-fdu lock clean

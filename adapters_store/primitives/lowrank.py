@@ -69,7 +69,7 @@ class LowRankBank(Bank):
             return _Slot(Pair(A, B), None)
         if self._has_native and A.shape[0] <= native.MAX_RANK:
             kept = NativePair.of(A.float(), B, paired=native.is_paired(self.dtype))
-            return _Slot(Pair(A.to(self.dtype), B.to(self.dtype)), kept)
+            return _Slot(kept.unpaired() or Pair(A.to(self.dtype), B.to(self.dtype)), kept)
         return _Slot(Pair(A.to(self.device, self.dtype), B.to(self.device, self.dtype)), None)
 
     def changed(self, slot: int) -> None:

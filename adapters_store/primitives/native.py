@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from adapters_store.mixing import TILE, MixedBatch
+from adapters_store.primitives.two_layer import Pair
 
 MAX_RANK = 512  # as in lowrank.c
 _SOURCES = [Path(__file__).with_name(name) for name in ("lowrank.c", "lowrank_bf16.c")]
@@ -57,6 +58,10 @@ class NativePair:
         a[:, :rank] = A.mT
         b = B.float().mT.contiguous()
         return NativePair(_paired(a), _paired(b), rank) if paired else NativePair(a, b, rank)
+
+    def unpaired(self) -> Pair | None:
+        """The same factors for the torch forms, as views; None where they lie in pairs."""
+        return Pair(self.a[:, : self.rank].mT, self.b.mT) if self.a.ndim == 2 else None
 
     @property
     def row(self) -> tuple[int, int, int, int]:
