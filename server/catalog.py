@@ -70,13 +70,17 @@ class Catalog:
 
     def reference_of_task(self, task: str) -> str:
         """Reference of the adapter that is the task's own module. Raises TaskNotFoundError."""
+        found = self._reference(task)
+        if found is None:
+            raise TaskNotFoundError(f"no adapter answers task {task!r}; tasks are: {_some(self.task_set)}")
+        return found
+
+    def _reference(self, task: str) -> str | None:
         node = self.graph.nodes.get(task) if self.graph else None
         if node is not None and node.adapter is not None:
             return node.adapter
-        if task not in self.adapter_of_task:
-            raise TaskNotFoundError(f"no adapter answers task {task!r}; tasks are: {_some(self.tasks)}")
-        name = self.adapter_of_task[task]
-        return f"{name}@{DEFAULT_ALIAS}" if DEFAULT_ALIAS in self.aliases.get(name, {}) else name
+        name = self.adapter_of_task.get(task)
+        return f"{name}@{DEFAULT_ALIAS}" if DEFAULT_ALIAS in self.aliases.get(name or "", {}) else name
 
     def manifest_of_task(self, task: str) -> Manifest:
         """The version that is the task's own module now. Raises TaskNotFoundError or AdapterNotFoundError."""
@@ -84,11 +88,7 @@ class Catalog:
 
     def has_module(self, task: str) -> bool:
         """True if the task has an adapter that can be composed."""
-        try:
-            self.manifest_of_task(task)
-        except (TaskNotFoundError, AdapterNotFoundError, InvalidNameError):
-            return False
-        return True
+        return task in self.task_set
 
     @cached_property
     def tasks(self) -> list[str]:
@@ -98,13 +98,23 @@ class Catalog:
     @cached_property
     def task_set(self) -> frozenset[str]:
         """The same, to look one up."""
-        nodes = [task for task in (self.graph.nodes if self.graph else ()) if self.has_module(task)]
-        return frozenset([*self.adapter_of_task, *nodes])
+        asked = {*self.adapter_of_task, *(self.graph.nodes if self.graph else ())}
+        return frozenset(task for task in asked if self._is_answered(task))
+
+    def _is_answered(self, task: str) -> bool:
+        reference = self._reference(task)
+        if reference is None:
+            return False
+        try:
+            self.resolve(reference)
+        except (AdapterNotFoundError, InvalidNameError):
+            return False
+        return True
 
     def served(self) -> list[Manifest]:
         """The versions that tasks resolve to now, without repeats."""
-        found = {m.digest: m for task in self.tasks if self.has_module(task) for m in (self.manifest_of_task(task),)}
-        return list(found.values())
+        found = [self.manifest_of_task(task) for task in self.tasks]
+        return list({manifest.digest: manifest for manifest in found}.values())
 
 
 def read(store: AdapterStore, previous: Catalog, num_layers: int) -> Catalog:
