@@ -10,12 +10,11 @@ from fastapi.staticfiles import StaticFiles
 from server import replies
 from server.config import Settings
 from server.edge import Edge
+from server.limits import MAX_GRAPH_BYTES, BodyLimit
 from server.replies import DOCUMENTED
 from server.routes import adapters, graph, health, infer, openai
 from server.security import Keys
 from server.service import Service
-
-MAX_BODY_BYTES = 16 * 2**20  # of a JSON body; uploads and graphs have their own limits
 
 
 def make_app(service: Service, on_ready: Callable[[Service], None] = lambda _: None) -> FastAPI:
@@ -34,20 +33,19 @@ def make_app(service: Service, on_ready: Callable[[Service], None] = lambda _: N
 
     app = FastAPI(
         title="Espalier", summary="Many task adapters, composed by a relation graph, on one backbone",
-        version=_version(), lifespan=lifespan, max_body_size=MAX_BODY_BYTES, responses=DOCUMENTED,
+        version=_version(), lifespan=lifespan, responses=DOCUMENTED,
         docs_url=None, redoc_url=None,
     )  # fmt: skip
     app.state.service = service
-    for router in (
-        infer.router,
-        adapters.make_router(settings.max_upload_mb),
-        graph.router,
-        openai.router,
-        health.router,
-    ):
-        app.include_router(router)
+    for part in (infer, adapters, graph, openai, health):
+        app.include_router(part.router)
     app.mount("/console", StaticFiles(directory=health.CONSOLE), name="console")
     replies.install(app)
+    limits = {
+        ("PUT", "/v1/graph"): MAX_GRAPH_BYTES,
+        ("POST", "/v1/adapters"): settings.max_upload_mb * 2**20 + 2**20,
+    }
+    app.add_middleware(BodyLimit, limits=limits)
     app.add_middleware(Edge, keys=keys, metrics=service.metrics)
     return app
 

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic_core import to_json
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from adapters_store.errors import EspalierError
 from server import logs
 from server.errors import HeadersTooLargeError, ServerError, UnforeseenError, openai_error, problem, status_of
 from server.metrics import Metrics
@@ -65,7 +66,7 @@ class Edge:
         try:
             self._admit(scope, state)
             await self._app(scope, receive, send_with_id)
-        except ServerError as error:
+        except EspalierError as error:
             await _send_error(send_with_id, scope, error, request_id)
         except Exception as error:  # noqa: BLE001  # nobody foresaw it; the client must have an answer all the same
             logs.note(log, "unforeseen", logging.ERROR, id=request_id, path=_route(scope), trace=logs.trace_of(error))
@@ -113,7 +114,7 @@ def _request_id(scope: Scope) -> str:
     return given.decode() if _REQUEST_ID.match(given) else uuid.uuid4().hex
 
 
-async def _send_error(send: Send, scope: Scope, error: ServerError, request_id: str) -> None:
+async def _send_error(send: Send, scope: Scope, error: EspalierError, request_id: str) -> None:
     status = status_of(error)
     if is_openai(scope["path"]):
         body, media = openai_error(status, error.code, str(error)), b"application/json"

@@ -12,9 +12,9 @@ from adapters_store import adapter as adapters
 from adapters_store.adapter import Adapter
 from adapters_store.errors import BackboneMismatchError, UnknownSiteError, UnsupportedError
 from adapters_store.manifest import Manifest
+from adapters_store.places import blocks
 from adapters_store.primitives import calibration, native
 from adapters_store.primitives.head import Head
-from adapters_store.places import blocks
 from adapters_store.store import AdapterStore
 from server import backbone, catalog, golden, logs
 from server.backbone import Served

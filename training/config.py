@@ -95,7 +95,7 @@ class RelateConfig(Machine):
     )
     transfer_examples: int = Field(64, ge=4, description="dev examples per task on which transfer is measured")
     neighbours: int | None = Field(
-        8, ge=1, description="edges kept per task: the strongest; negative ones are always kept"
+        4, ge=1, description="edges kept per task: the strongest; negative ones are always kept"
     )
     evidence: bool = Field(True, description="weights per layer from the layers' own similarity")
     knobs: dict[str, Any] = Field({}, description="of the prior and composition, for example c=0.5 or threshold=0.1")

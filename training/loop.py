@@ -13,7 +13,7 @@ from adapters_store.encoder import Encoder
 from training import checkpoint, step
 from training.config import FitConfig
 from training.errors import DivergedError, StoppedError
-from training.interrupt import Interrupt, interrupt
+from training.interrupt import interrupt
 from training.progress import Bar, bar
 from training.run import Run
 from training.state import TaskState
@@ -36,18 +36,19 @@ def train(
         for group in groups:
             while unfinished := [state for state in group if not state.is_finished]:
                 run.log(_step(encoder, unfinished, config, shown))
-                if asked.signum or time.monotonic() - saved > config.checkpoint_s:
+                signum = asked.signum  # read once: a signal that comes later is for the next step
+                if signum or time.monotonic() - saved > config.checkpoint_s:
                     checkpoint.save(run.checkpoints, states)
                     saved = time.monotonic()
-                _stop_if_asked(asked, run)
+                _stop_if_asked(signum, run)
                 if on_step:
                     on_step(sum(state.step for state in states))
 
 
-def _stop_if_asked(asked: Interrupt, run: Run) -> None:
-    if asked.signum is not None:
+def _stop_if_asked(signum: int | None, run: Run) -> None:
+    if signum is not None:
         command = f"espalier-train fit --resume --runs {run.folder.parent} --run {run.folder.name}"
-        raise StoppedError(asked.signum, f"stopped after a checkpoint; go on with: {command}")
+        raise StoppedError(signum, f"stopped after a checkpoint; go on with: {command}")
 
 
 def _step(encoder: Encoder, states: Sequence[TaskState], config: FitConfig, shown: Bar) -> list[dict[str, Any]]:

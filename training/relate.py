@@ -28,6 +28,10 @@ from training.step import Texts
 from training.tasks import Split, Task, read_tasks
 from training.trainable import HeadChoice
 
+# With c = 0.3 on graphs this small the gate leaves nearly every task its own adapter. 0.6 with 4 neighbours lowered the
+# log-loss on dev texts against single adapters: 0.554 to 0.489 on fdu_mtl (16 tasks), 0.718 to 0.685 on demo_data (11).
+KNOBS = {"c": 0.6}
+
 
 @dataclass(frozen=True, eq=False)
 class Material:
@@ -57,7 +61,7 @@ class Relations:
 
 def relate(config: RelateConfig) -> int:
     """Estimate the relations of a finished run, write them into the store; the new graph's version."""
-    knobs = validate(Knobs, config.knobs, "knob")
+    knobs = validate(Knobs, KNOBS | config.knobs, "knob")
     run = Run(config.run)
     run.summary()  # refuses a run that is not finished
     material = gather(run, config)

@@ -83,6 +83,11 @@ def _predicted(coefficients: tuple[float, float, float], load: Load) -> float:
     return constant + per_gflop * load.gflop + per_megabyte * load.megabytes
 
 
+def coefficients(dtype: torch.dtype) -> dict[str, tuple[float, float, float]]:
+    """Microseconds per call, per GFLOP and per MB of each form, as they stand."""
+    return dict(_coefficients.get(dtype, _coefficients[torch.float32]))
+
+
 @contextmanager
 def forced(form: str) -> Iterator[None]:
     """Use one form wherever it can serve: for tests and benchmarks."""

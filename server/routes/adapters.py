@@ -30,19 +30,7 @@ _UPLOAD_BODY = {
 Allowed = frozenset[str] | None
 
 
-def make_router(max_upload_mb: int) -> APIRouter:
-    """The router; uploads may be as large as the operator allows."""
-    uploading = APIRouter(tags=["adapters"])
-    uploading.add_api_route(
-        "/v1/adapters", upload, methods=["POST"], status_code=201, summary="Upload, check and publish a version",
-        response_model=said.Uploaded, openapi_extra={"requestBody": _UPLOAD_BODY},
-        max_body_size=max_upload_mb * 2**20 + 2**20,
-    )  # fmt: skip
-    uploading.include_router(router)
-    return uploading
-
-
-router = APIRouter()
+router = APIRouter(tags=["adapters"])
 
 
 @router.get("/v1/adapters", summary="All adapters", response_model=said.Adapters)
@@ -67,6 +55,13 @@ async def version(name: str, version: int, service: ServiceDep, allowed: Allowed
     return reply(_version(service, _resolve(service, f"{name}@{version}", allowed)))
 
 
+@router.post(
+    "/v1/adapters",
+    status_code=201,
+    summary="Upload, check and publish a version",
+    response_model=said.Uploaded,
+    openapi_extra={"requestBody": _UPLOAD_BODY},
+)
 async def upload(request: Request, service: ServiceDep, actor: ActorDep, allowed: AllowedDep) -> Response:
     """Form fields name, task, alias; files as PEFT or as we write them, each under its file name as the part's name."""
     async with request.form(max_files=len(PARTS), max_fields=8, max_part_size=2**20) as form:

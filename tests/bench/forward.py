@@ -1,7 +1,7 @@
 """The mixed forward over the bare backbone's: how much composing costs, next to PEFT's mixed batch.
 
 all-MiniLM-L6-v2, 32 rows of 32 tokens, random LoRA on all six linear layers of each block. CPU time of one thread,
-all variants in turn in one process. Run: python -m tests.bench.forward [--rounds 15] [--quick]
+all variants in turn in one process. Run: python -m tests.bench.forward [--rounds 9] [--quick]
 """
 
 import argparse
@@ -20,7 +20,7 @@ from transformers import AutoModel
 from adapters_store import backbones
 from adapters_store.encoder import Encoder
 from adapters_store.mixing import Mix
-from adapters_store.primitives import Entry, cost, native
+from adapters_store.primitives import Entry, calibration, cost, native
 from adapters_store.roles import select
 from server.backbone import load
 from tests.bench.rounds import Timing, round_robin, write
@@ -81,6 +81,7 @@ class Case:
         self.generator = torch.Generator().manual_seed(0)
         self.served = load(None, dtype, "cpu")
         self.encoder = self.served.encoder
+        calibration.calibrate_lowrank(self.encoder.dtype, self.encoder.device)  # as the server does when it starts
         self.rows = torch.randint(1000, 20000, (ROWS, TOKENS), generator=self.generator).tolist()
         self.ids = torch.tensor(self.rows)
         self.mask = torch.ones_like(self.ids)
@@ -185,7 +186,7 @@ def show(lines: Sequence[dict[str, Any]]) -> None:
 def main() -> None:
     """Run, show, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
         "--quick", action="store_true", help="16 adapters, r=8 and popularity distinct only; writes nothing"
     )
@@ -203,7 +204,10 @@ def main() -> None:
             else []
         )
     show(lines)
-    path_line = {"operator_path": native.status().detail, "coefficients": cost.__dict__["_coefficients"].__repr__()}
+    path_line = {
+        "operator_path": native.status().detail,
+        "coefficients": {str(d): cost.coefficients(d) for d in (torch.float32, torch.bfloat16)},
+    }
     if not options.quick:
         print(write("forward", [path_line, *lines]))
 

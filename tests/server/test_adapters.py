@@ -146,7 +146,10 @@ BAD_PEFT = {
     "pickle": ({"adapter_model.safetensors": b"\x80\x04\x95junk"}, "bad_format"),
     "zip": ({"adapter_model.safetensors": b"PK\x03\x04junk"}, "bad_format"),
     "truncated": ({"adapter_model.safetensors": peft_files(5)["adapter_model.safetensors"][:-9]}, "bad_format"),
-    "regex_targets": ({"adapter_config.json": json.dumps(CONFIG | {"target_modules": "(a+)+$"}).encode()}, "unsupported"),
+    "regex_targets": (
+        {"adapter_config.json": json.dumps(CONFIG | {"target_modules": "(a+)+$"}).encode()},
+        "unsupported",
+    ),
     "dora": ({"adapter_config.json": json.dumps(CONFIG | {"use_dora": True}).encode()}, "unsupported"),
     "huge_r": ({"adapter_config.json": json.dumps(CONFIG | {"r": 10_000_000}).encode()}, "wrong_shape"),
     "config_no_json": ({"adapter_config.json": b"{"}, "bad_format"),

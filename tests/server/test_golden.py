@@ -190,7 +190,7 @@ def test_an_overflowing_adapter_that_came_unproved_gives_a_problem_and_its_neigh
     from adapters_store.backbones import fingerprint
     from adapters_store.store import AdapterStore
 
-    entries = [entry for entry in lora(8)]
+    entries = list(lora(8))
     for entry in entries:
         entry.tensors["B"].mul_(1e38)
     AdapterStore(store_root).publish(

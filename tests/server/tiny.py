@@ -1,5 +1,6 @@
 """A tiny but real backbone, store and client for the server's tests."""
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,7 +77,7 @@ def make_store(root: Path, backbone: Path, tasks: Sequence[str] = TASKS) -> Adap
         store.publish(
             adapter, name=task, task=task, kind="lora", backbone=fingerprint(backbone, "float32"), alias="prod"
         )
-    edges = dict.fromkeys(zip(tasks, tasks[1:], strict=False), 0.5) | {(tasks[-1], tasks[0]): 0.8}
+    edges = dict.fromkeys(itertools.pairwise(tasks), 0.5) | {(tasks[-1], tasks[0]): 0.8}
     store.publish_graph(RelationGraph.of(dict.fromkeys(tasks), edges).to_json())
     return store
 
