@@ -111,11 +111,18 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
     if first["type"] == "json_invalid":
         why = first.get("ctx", {}).get("error", first["msg"])
         return _error(request, 400, "bad_json", f"the body is not JSON: {why}")
+    if first["loc"] == ("body",) and not _says_json(request):
+        return _error(request, 415, "unsupported_media_type", "send JSON with 'content-type: application/json'")
     where = [part for part in first["loc"] if part != "body"]
     param = ".".join(map(str, where))
     detail = f"{param or 'body'}: {first['msg'].removeprefix('Value error, ')}"
     index = where[1] if len(where) > 1 and where[0] == "inputs" and isinstance(where[1], int) else None
     return _error(request, 422, "invalid_request", detail, index=index, param=_printable(param))
+
+
+def _says_json(request: Request) -> bool:
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return media == "application/json" or media.endswith("+json")
 
 
 def _printable(text: str) -> str:

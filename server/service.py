@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from server.scheduler import Scheduler
 
 log = logging.getLogger("espalier")
 Result = TypeVar("Result")
+_calibrate = functools.cache(calibration.calibrate_lowrank)  # of the machine, so once for all services of a process
 
 
 class Service:
@@ -76,7 +78,7 @@ class Service:
     def _warm_up(self) -> None:
         encoder = self.backbone.encoder
         if encoder.device.type == "cpu":
-            calibration.calibrate_lowrank(encoder.dtype, encoder.device)
+            _calibrate(encoder.dtype, encoder.device)
         for name in blocks(encoder.sites.backbone):  # now: later, a loader would attach them while a forward runs
             with contextlib.suppress(UnknownSiteError):
                 encoder.sites.add(name)

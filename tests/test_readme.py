@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.bench import tables
 from tests.server.tiny import make_backbone, make_store, peft_files
 
 ROOT = Path(__file__).parents[1]
@@ -125,3 +126,7 @@ def test_every_make_target_is_listed_with_its_meaning() -> None:
 
     assert targets <= {line.split()[0] for line in listed.splitlines()} | {"help"}
     assert {"setup", "demo", "serve", "train", "test", "check", "fmt", "bench"} <= targets
+
+
+def test_the_numbers_are_those_of_the_committed_results() -> None:
+    assert tables.with_tables(README) == README, "run python -m tests.bench.tables"

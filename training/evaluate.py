@@ -34,7 +34,7 @@ from training.trainable import HeadChoice
 
 @dataclass(frozen=True)
 class Outcome:
-    """One task in one mode. width: mean number of adapters with any weight."""
+    """One task in one mode. width: how many adapters have any weight."""
 
     task: str
     mode: Mode
@@ -56,6 +56,15 @@ class Resident:
     texts: Texts
 
 
+@dataclass(frozen=True, eq=False)
+class Lattice:
+    """A version of the relation graph and its prior."""
+
+    version: int
+    graph: RelationGraph
+    prior: Prior
+
+
 def evaluate(config: EvaluateConfig) -> list[Outcome]:
     """Accuracy per task and mode; written as JSON lines and shown as a table."""
     if config.threads:
@@ -64,14 +73,14 @@ def evaluate(config: EvaluateConfig) -> list[Outcome]:
     tasks = _tasks(config, store)
     backbone = load(config.backbone, config.dtype, config.device)
     residents = [_resident(store, backbone, task, slot, config) for slot, task in enumerate(tasks)]
-    version, graph = _graph(store, config)
+    lattice = _lattice(store, config)
     outcomes = []
     with bar(len(config.modes) * sum(len(r.texts) for r in residents), "evaluating") as shown:
         for mode in config.modes:
             for resident in residents:
-                mix, width = _mix(mode, resident, residents, graph, backbone.encoder.num_layers)
+                mix, width = _mix(mode, resident, residents, lattice, backbone.encoder.num_layers)
                 accuracy = _accuracy(backbone, resident, mix, config.token_budget)
-                used = version if mode == "prior" else None
+                used = lattice.version if lattice and mode == "prior" else None
                 found = Outcome(
                     resident.task.name, mode, accuracy, len(resident.texts), resident.manifest.reference, used, width
                 )
@@ -123,19 +132,20 @@ def _resident(store: AdapterStore, backbone: LoadedBackbone, task: Task, slot: i
     return Resident(task, manifest, adapter, slot, Texts(texts.rows, targets))
 
 
-def _graph(store: AdapterStore, config: EvaluateConfig) -> tuple[int | None, RelationGraph | None]:
+def _lattice(store: AdapterStore, config: EvaluateConfig) -> Lattice | None:
     if "prior" not in config.modes:
-        return None, None
+        return None
     version, document = store.graph(config.graph)
-    return version, RelationGraph.from_json(document)
+    graph = RelationGraph.from_json(document)
+    return Lattice(version, graph, Prior(graph))
 
 
 def _mix(
-    mode: Mode, resident: Resident, residents: Sequence[Resident], graph: RelationGraph | None, num_layers: int
+    mode: Mode, resident: Resident, residents: Sequence[Resident], lattice: Lattice | None, num_layers: int
 ) -> tuple[Mix | None, int]:
     """The composition of a task in a mode, and how many adapters it has."""
     slots = {other.task.name: other.slot for other in residents if other.adapter.entries}
-    weights = _weights(mode, resident.task.name, graph, num_layers)
+    weights = _weights(mode, resident.task.name, lattice, num_layers)
     missing = sorted(set(weights) - {other.task.name for other in residents})
     if missing:
         raise DataError(
@@ -144,16 +154,16 @@ def _mix(
     return to_mix(weights, slots), len(weights)
 
 
-def _weights(mode: Mode, task: str, graph: RelationGraph | None, num_layers: int) -> Weights:
+def _weights(mode: Mode, task: str, lattice: Lattice | None, num_layers: int) -> Weights:
     if mode == "none":
         return {}
     if mode == "single":
         return composition.single(task, num_layers)
-    if graph is None:
+    if lattice is None:
         raise AssertionError("our bug: prior without a graph")
-    graph.node(task)
-    evidence = graph.attributes.evidence.get(task, {})
-    return composition.from_prior(Prior(graph).row(task), evidence, graph.knobs, num_layers)
+    lattice.graph.node(task)
+    evidence = lattice.graph.attributes.evidence.get(task, {})
+    return composition.from_prior(lattice.prior.row(task), evidence, lattice.graph.knobs, num_layers)
 
 
 def to_mix(weights: Weights, slots: Mapping[str, int]) -> Mix | None:

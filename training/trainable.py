@@ -32,8 +32,8 @@ class TrainableAdapter:
     """A kind with its parameters at every site where it acts, and a linear head over a task's labels.
 
     Initial values depend on the seed and on what they are for. An adapter's depend on (seed, site) and a head's on
-    (seed, label), not on the task: adapters that start from one point can be compared by their weights and mixed by
-    them, which adapters that start apart cannot (measured; see relations/weights.py).
+    (seed, label), not on the task: only adapters that start from one point can be compared by their weights
+    (measured; see relations/weights.py).
     """
 
     def __init__(self, task: Task, kind: Kind, config: KindConfig, sites: Sites, choice: HeadChoice, seed: int) -> None:

@@ -7,7 +7,7 @@ from starlette.datastructures import UploadFile
 
 from adapters_store.errors import AdapterNotFoundError, FormatError
 from adapters_store.manifest import Manifest
-from adapters_store.references import check_alias
+from adapters_store.references import check_alias, check_name
 from server import replies_schema as said
 from server import uploads
 from server.replies import reply
@@ -43,7 +43,7 @@ async def adapters(service: ServiceDep, allowed: AllowedDep) -> Response:
 @router.get("/v1/adapters/{name}", summary="One adapter", response_model=said.AdapterDetails)
 async def adapter(name: str, service: ServiceDep, allowed: AllowedDep) -> Response:
     """404 if there is no such adapter."""
-    _resolve(service, name, allowed)
+    _resolve(service, check_name(name), allowed)
     versions = service.catalog.manifests[name]
     details = {"manifests": [_version(service, manifest) for manifest in versions.values()]}
     return reply(_described(service, name) | details)

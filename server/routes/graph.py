@@ -3,8 +3,9 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Response
+from pydantic_core import from_json, to_json
 
-from adapters_store.errors import ConflictError, GraphNotFoundError
+from adapters_store.errors import ConflictError, GraphNotFoundError, InvalidGraphError
 from adapters_store.graph import RelationGraph
 from server import replies_schema as said
 from server.catalog import check_graph
@@ -62,9 +63,14 @@ def _matches(if_match: str, version: int) -> bool:
 
 def _checked(body: GraphBody, num_layers: int) -> dict[str, Any]:
     """The graph as plain JSON. Raises InvalidGraphError if it is none, or does not fit the backbone."""
-    found = RelationGraph.from_json(body)
-    check_graph(found, num_layers)
-    return found.to_json()
+    try:
+        found = RelationGraph.from_json(body)
+        check_graph(found, num_layers)
+        document = found.to_json()
+        from_json(to_json(document))  # notes may hold what has no UTF-8, or nest deeper than can be read back
+        return document
+    except (ValueError, RecursionError) as error:
+        raise InvalidGraphError(f"the graph is not plain JSON: {type(error).__name__}") from error
 
 
 @router.get("/v1/graph/versions", summary="Versions of the graph", response_model=said.GraphVersions)

@@ -205,6 +205,28 @@ def test_names_are_identifiers_and_never_paths(client: TestClient, name: str) ->
     assert response.status_code == 422
 
 
+@pytest.mark.parametrize("name", ["books@1", "Books", "b%20s", "%ff", "books@"])
+def test_a_path_that_names_no_adapter_is_a_4xx(client: TestClient, name: str) -> None:
+    for method, rest in [("GET", ""), ("GET", "/versions/1"), ("PUT", "/aliases/prod"), ("DELETE", "/versions/7")]:
+        response = client.request(
+            method, f"/v1/adapters/{name}{rest}", json={"version": 1} if method == "PUT" else None
+        )
+        assert response.status_code in (404, 422), (method, rest, response.text)
+
+
+def test_a_damaged_manifest_is_listed_and_hides_only_itself(serve: Serve, store_root: Path) -> None:
+    manifest = next((store_root / "adapters" / "films" / "versions").iterdir())
+    manifest.write_text("{")
+
+    client = serve()
+
+    assert "corrupt" in client.get("/ready").json()["refused"]["films@1"]
+    assert client.get("/v1/adapters/films").status_code == 404
+    assert scores(client, {"task": "books", "text": "good"}, mode="prior")
+    assert upload(client, "films", peft_files(5)).json()["reference"] == "films@2"
+    assert scores(client, {"task": "films", "text": "good"})
+
+
 def test_a_damaged_blob_fails_only_its_own_requests(serve: Serve, store_root: Path) -> None:
     digest = AdapterStore(store_root).resolve("films").blob.removeprefix("sha256:")
     blob = store_root / "blobs" / "sha256" / digest
@@ -264,3 +286,13 @@ def test_what_another_program_publishes_is_served_after_the_next_look(
             break
     else:
         pytest.fail("the new adapter was never served")
+
+
+@pytest.mark.parametrize("field", ["name", "task"])
+def test_an_adapter_or_task_may_not_hide_the_backbone(client: TestClient, field: str) -> None:
+    backbone = client.get("/v1/models").json()["data"][0]["id"]
+
+    fields = {"name": "other", "task": "other"} | {field: backbone}
+    response = client.post("/v1/adapters", data=fields, files=multipart(peft_files(5)))
+
+    assert (response.status_code, response.json()["code"]) == (409, "conflict")

@@ -106,6 +106,9 @@ INVALID = {
     "evidence_of_none": document(evidence={"books": {"films": []}}),
     "evidence_for_nobody": document(evidence={"books": {"ghost": [0.0, 0.0]}}),
     "evidence_nan": document(evidence={"books": {"films": [NAN, 0.0]}}),
+    "no_utf8": document() | {"nodes": [{"id": "books", "note": "\ud800"}]},
+    "no_utf8_in_the_provenance": document(provenance={"x": "\ud800"}),
+    "deep": document() | {"nodes": [{"id": "books", "note": json.loads("[" * 400 + "]" * 400)}]},
     "evidence_huge": document(evidence={"books": {"films": [1e300, 0.0]}}),
 }
 

@@ -142,6 +142,16 @@ def test_a_body_that_is_no_json_is_a_400(client: TestClient) -> None:
     assert (response.status_code, response.json()["code"]) == (400, "bad_json")
 
 
+@pytest.mark.parametrize("media", ["text/plain", "application/x-www-form-urlencoded"])
+def test_json_sent_as_something_else_is_a_415_that_says_what_to_do(client: TestClient, media: str) -> None:
+    body = b'{"inputs": [{"task": "books", "text": "a"}]}'
+
+    response = client.post("/v1/infer", content=body, headers={"content-type": media})
+
+    assert (response.status_code, response.json()["code"]) == (415, "unsupported_media_type")
+    assert "application/json" in response.json()["detail"]
+
+
 def test_64_inputs_of_16_tasks_and_64_compositions_run_in_one_forward(
     serve: Serve, tmp_path: Path, backbone: Path
 ) -> None:

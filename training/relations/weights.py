@@ -5,8 +5,10 @@ bottleneck:   the same for its linear part, up and down in the places of B and A
 scale_shift:  inner product of (scale - 1, shift);   norm: of (weight - weight_0, bias - bias_0)
 R[i, j] = <i, j> / sqrt(<i, i> <j, j>), inner products summed over sites; DW is never formed
 
-Symmetric, needs no data. It means something only for adapters that were trained from the same initial values: a rank-8
-adapter of a 384-wide layer that starts from its own random A moves in its own 2 % of the directions.
+Symmetric, needs no data. It says much only of adapters that were trained from the same initial values: a rank-8 adapter
+of a 384-wide layer that starts from its own random A moves in its own 2 % of the directions. Measured on demo_data, 3
+epochs: mean cosine within families 0.055 and across 0.004 from a common start (Spearman with measured transfer 0.42),
+0.010 and 0.005 from a start of each task's own (0.29).
 Source: the clustering of Ostapenko et al. 2024, "Towards Modular LLMs by Building and Reusing a Library of LoRAs".
 """
 

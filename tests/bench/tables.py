@@ -1,0 +1,96 @@
+"""README's tables, made from the committed results. Run: python -m tests.bench.tables (writes README.md in place).
+
+Tables stand between `<!-- name -->` and `<!-- /name -->`; a test holds that README has what this makes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.bench.rounds import RESULTS
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def lines(name: str) -> list[dict[str, Any]]:
+    """All lines of a results file."""
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+
+
+def machine() -> str:
+    """Where and with what the forward was measured."""
+    facts = lines("forward")[0]["machine"]
+    return (
+        f"{facts['cpu']} ({facts['cpu_capability']}), {facts['cores']} shared cores; torch {facts['torch']}, "
+        f"transformers {facts['transformers']}, PEFT {facts['peft']}; commit {facts['commit']}; {facts['gpu']}."
+    )
+
+
+def forward() -> str:
+    """Cost of composing: by adapters in the batch, at the popularity that is hardest for a loop over adapters."""
+    ratios = {(one["dtype"], one["r"], one["variant"]): one["ratio"] for one in lines("forward") if "variant" in one}
+    rows = [
+        "| adapters in the batch | | ours, top-1 | ours, top-4 | PEFT mixed batch, top-1 |",
+        "|---|---|---|---|---|",
+    ]
+    for dtype in ("float32", "bfloat16"):
+        for rank in (8, 16):
+            for n in (1, 16, 64):
+                names = (f"ours n={n} k=1 distinct", f"ours n={n} k=4 distinct", f"peft n={n} k=1 distinct")
+                cells = [f"{ratios[dtype, rank, name]:.2f}" for name in names]
+                rows.append(f"| {n} | {dtype}, r={rank} | {' | '.join(cells)} |")
+    few, many = (ratios["float32", "8, residents", f"resident={n}"] for n in (16, 1024))
+    low, high = (ratios["bfloat16", "8, residents", f"resident={n}"] for n in (16, 1024))
+    rows.append(
+        f"\nWith 1,024 adapters resident instead of 16, and the same 16 active, the forward takes {many / few:.2f} "
+        f"(float32) and {high / low:.2f} (bfloat16) of the time."
+    )
+    return "\n".join(rows)
+
+
+def end_to_end() -> str:
+    """Texts per second over HTTP and of the engine alone."""
+    found = [one for one in lines("end_to_end") if "variant" in one]
+    rows = [
+        "| inputs per call | calls in flight | texts/s | of the engine alone | p50 | p99 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in found[1:]:
+        rows.append(
+            f"| {one['inputs_per_call']} | {one['in_flight']} | {one['texts_per_s']:.0f} | {one['ratio']:.2f} "
+            f"| {one['p50_ms']:.0f} ms | {one['p99_ms']:.0f} ms |"
+        )
+    return "\n".join([*rows, f"\nThe engine alone: {found[0]['texts_per_s']:.0f} texts/s."])
+
+
+def fdu() -> str:
+    """Accuracy per variant, its reference, and whether the server said the same."""
+    setting, found = lines("fdu")[1], [one for one in lines("fdu") if "variant" in one]
+    rows = ["| | mean accuracy | tasks better than single | reference |", "|---|---|---|---|"]
+    single = {one["task"]: one["accuracy"] for one in found if one["variant"] == "single"}
+    for variant, mean in setting["mean"].items():
+        mine = {one["task"]: one["accuracy"] for one in found if one["variant"] == variant}
+        better = sum(mine[task] > single[task] for task in single)
+        rows.append(f"| {variant} | {mean:.3f} | {better} of {len(single)} | {setting['reference'].get(variant, '')} |")
+    differ = [one for one in found if one["accuracy"] != one["accuracy_through_server"]]
+    largest = max((abs(one["accuracy"] - one["accuracy_through_server"]) for one in differ), default=0)
+    same = (
+        "every one of them equal" if not differ else f"{len(differ)} of {len(found)} differ, by {largest:.4f} at most"
+    )
+    return "\n".join([*rows, f"\nAsked again through `/v1/infer`, the {len(found)} accuracies are the same: {same}."])
+
+
+TABLES = {"machine": machine, "forward": forward, "end_to_end": end_to_end, "fdu": fdu}
+
+
+def with_tables(text: str) -> str:
+    """README with every table made anew."""
+    for name, make in TABLES.items():
+        head, _, rest = text.partition(f"<!-- {name} -->")
+        _, _, tail = rest.partition(f"<!-- /{name} -->")
+        text = f"{head}<!-- {name} -->\n{make()}\n<!-- /{name} -->{tail}"
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(with_tables(README.read_text()))
