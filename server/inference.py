@@ -14,7 +14,7 @@ from adapters_store.mixing import Mix
 from server.compose import Ask, Composed
 from server.engine import Row
 from server.errors import BadInputError, NotFiniteAnswerError
-from server.residency import Lease
+from server.leases import Lease
 from server.scheduler import Admission, Answer
 from server.schemas import InferRequest, Input, Options, Weight
 from server.security import require_tasks

@@ -12,8 +12,6 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from adapters_store.adapter import Adapter
 from adapters_store.errors import EspalierError, RefusedError
@@ -24,52 +22,12 @@ from server import logs
 from server.engine import Engine
 from server.errors import DrainingError, TooManyAdaptersError
 from server.host_cache import HostCache
+from server.leases import Failure, Lease, Resident
 from server.metrics import Metrics
 
 log = logging.getLogger("espalier")
 Load = Callable[[Manifest], Adapter]
 Prove = Callable[[Manifest, int | None, Head | None], Awaitable[None]]
-
-
-@dataclass(eq=False)
-class Resident:
-    """One adapter version on the device. slot None: it has no sites, only a head."""
-
-    manifest: Manifest
-    slot: int | None
-    ready: "asyncio.Future[None]"
-    head: Head | None = None
-    holders: int = 0
-    retired: bool = False
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def is_idle(self) -> bool:
-        """True if it has a slot that another may take."""
-        return self.holders == 0 and self.slot is not None and self.ready.done()
-
-
-class Failure(NamedTuple):
-    """Why a version could not be made resident."""
-
-    manifest: Manifest
-    error: Exception
-    code: str
-
-
-@dataclass(frozen=True, eq=False)
-class Lease:
-    """Versions that stay on the device until released."""
-
-    residents: dict[str, Resident]
-
-    def slot(self, manifest: Manifest) -> int | None:
-        """Slot of a leased version."""
-        return self.residents[manifest.digest].slot
-
-    def head(self, manifest: Manifest | None) -> Head | None:
-        """Head of a leased version."""
-        return self.residents[manifest.digest].head if manifest else None
 
 
 class Residency:

@@ -23,8 +23,9 @@ from server.catalog import Catalog
 from server.compose import Composer
 from server.config import Settings
 from server.engine import Engine
+from server.leases import Lease
 from server.metrics import LoraInfo, Metrics
-from server.residency import Lease, Residency
+from server.residency import Residency
 from server.scheduler import Scheduler
 
 log = logging.getLogger("espalier")

@@ -5,7 +5,8 @@ import os
 
 def main() -> None:
     """Run the command line."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # said before the tokenizers library is loaded
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # these two are read when the libraries are loaded
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve a shared machine
     from training.cli import app
 
     app()

@@ -1,0 +1,49 @@
+"""What stands on the device, who holds it, and why something could not come there: the nouns of residency.py."""
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from adapters_store.manifest import Manifest
+from adapters_store.primitives.head import Head
+
+
+@dataclass(eq=False)
+class Resident:
+    """One adapter version on the device. slot None: it has no sites, only a head."""
+
+    manifest: Manifest
+    slot: int | None
+    ready: "asyncio.Future[None]"
+    head: Head | None = None
+    holders: int = 0
+    retired: bool = False
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def is_idle(self) -> bool:
+        """True if it has a slot that another may take."""
+        return self.holders == 0 and self.slot is not None and self.ready.done()
+
+
+class Failure(NamedTuple):
+    """Why a version could not be made resident."""
+
+    manifest: Manifest
+    error: Exception
+    code: str
+
+
+@dataclass(frozen=True, eq=False)
+class Lease:
+    """Versions that stay on the device until released."""
+
+    residents: dict[str, Resident]
+
+    def slot(self, manifest: Manifest) -> int | None:
+        """Slot of a leased version."""
+        return self.residents[manifest.digest].slot
+
+    def head(self, manifest: Manifest | None) -> Head | None:
+        """Head of a leased version."""
+        return self.residents[manifest.digest].head if manifest else None
