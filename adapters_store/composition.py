@@ -80,9 +80,9 @@ def single(module: str, num_layers: int) -> Weights:
 def mixture(parts: Sequence[tuple[float, Weights]]) -> Weights:
     """The weighted mean of compositions; shares are normalised to sum to 1. Raises InvalidCompositionError."""
     total = sum(share for share, _ in parts)
-    if any(not math.isfinite(share) or share < 0 for share, _ in parts) or not total > 0:
+    if any(not math.isfinite(share) or share < 0 for share, _ in parts) or not 0 < total < math.inf:
         raise InvalidCompositionError(
-            "a mix needs shares of 0 or more with a positive sum, for example {'dvd': 0.7, 'video': 0.3}"
+            "a mix needs finite shares of 0 or more with a positive sum, for example {'dvd': 0.7, 'video': 0.3}"
         )
     mixed: Weights = {}
     for share, weights in parts:

@@ -3,6 +3,7 @@
 import logging
 import signal
 import sys
+from socket import socket
 from types import FrameType
 from typing import Never
 
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
         signal.signal(stop, lambda *_: sys.exit(0))
     try:
         service = Service(settings)
-        app = make_app(service, on_ready=lambda ready: print(welcome(ready), flush=True))
+        app = make_app(service)
     except (EspalierError, ValueError, OSError) as error:
         sys.exit(f"espalier-serve: {error}")
     config = uvicorn.Config(
@@ -50,6 +51,12 @@ class Draining(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        """Listen, then say where and how to ask."""
+        await super().startup(sockets)
+        if self.started:
+            print(welcome(self._service, self.servers[0].sockets[0].getsockname()[1]), flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGTERM or SIGINT came."""

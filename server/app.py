@@ -1,6 +1,6 @@
 """The ASGI application: routes over one Service."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 
@@ -17,7 +17,7 @@ from server.security import Keys
 from server.service import Service
 
 
-def make_app(service: Service, on_ready: Callable[[Service], None] = lambda _: None) -> FastAPI:
+def make_app(service: Service) -> FastAPI:
     """The application of a service, which starts and stops with it. Raises ValueError for an unusable key file."""
     settings: Settings = service.settings
     keys = Keys.read(settings.api_keys)
@@ -25,7 +25,6 @@ def make_app(service: Service, on_ready: Callable[[Service], None] = lambda _: N
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await service.start()
-        on_ready(service)
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""What the server says once it is ready: where it listens, and one call that works as it stands."""
+"""What the server says once it listens: where, and one call that works as it stands."""
 
 import json
 import shlex
@@ -6,25 +6,21 @@ import shlex
 from server.service import Service
 
 
-def welcome(service: Service) -> str:
+def welcome(service: Service, port: int) -> str:
     """A few lines for the terminal; the curl line can be pasted."""
-    settings = service.settings
-    url = f"http://{settings.host}:{settings.port}"
-    tasks = [task for task in service.catalog.tasks if (m := service.catalog.manifest_of_task(task)) and m.head]
+    url = f"http://{service.settings.host}:{port}"
+    tasks = [task for task in service.catalog.tasks if _answers(service, task)]
     lines = [f"Espalier is ready on {url} (console at {url}/, {len(tasks)} tasks: {', '.join(tasks[:12])})"]
     if tasks:
-        body = json.dumps({"inputs": [{"task": tasks[0], "text": "I could not put it down, a wonderful read."}]})
-        lines.append(
-            "Try:\n  "
-            + " ".join(
-                ["curl", "-s", f"{url}/v1/infer", "-H", "'content-type: application/json'", "-d", shlex.quote(body)]
-            )
-        )
+        body = shlex.quote(json.dumps({"inputs": [_example(service, tasks)]}))
+        lines.append(f"Try:\n  curl -s {url}/v1/infer -H 'content-type: application/json' -d {body}")
     else:
-        lines.append(
-            "The store is empty: train with espalier-train, import with espalier-store, or upload to /v1/adapters."
-        )
+        lines.append("No task is served yet: espalier-train, espalier-store import, or POST /v1/adapters bring some.")
     return "\n".join(lines)
+
+
+def _answers(service: Service, task: str) -> bool:
+    return service.catalog.has_module(task) and service.catalog.manifest_of_task(task).head is not None
 
 
 def _example(service: Service, tasks: list[str]) -> dict[str, str]:
