@@ -243,6 +243,6 @@ def _watch(counts: set[int], module: nn.Module, args: object, output: Any) -> No
     counts.add(first.numel() // first.shape[-1] if isinstance(first, Tensor) else -1)
 
 
-def slots_freed(sites: Sites) -> int:
+def num_filled(sites: Sites) -> int:
     """How many (site, slot) pairs are filled: 0 once everything is unloaded. For tests and metrics."""
     return sum(len(bank.slots) for site in sites.values() for bank in site.banks.values())

@@ -17,7 +17,7 @@ from adapters_store.errors import UnknownSiteError
 from adapters_store.mixing import Mix, MixedBatch
 from adapters_store.places import is_linear
 from adapters_store.primitives import Entry
-from adapters_store.sites import Sites, slots_freed
+from adapters_store.sites import Sites, num_filled
 from tests import strategies
 from tests.strategies import light
 from tests.tolerances import assert_close, assert_same_bits
@@ -288,13 +288,13 @@ def test_a_slots_next_tenant_finds_nothing_of_the_last(empty: Callable[[Sites, i
 
 
 def test_a_dropped_slot_is_the_bare_backbone(encoder: Encoder) -> None:
-    filled = slots_freed(encoder.sites)
+    filled = num_filled(encoder.sites)
     encoder.sites.put(40, _adapter(encoder.sites, 3))
     _pool(encoder, [_mix(s40=1)] * 6)
 
     encoder.sites.drop(40)
 
-    assert slots_freed(encoder.sites) == filled
+    assert num_filled(encoder.sites) == filled
     assert_same_bits(_pool(encoder, [_mix(s40=1)] * 6), _pool(encoder, [None] * 6))
 
 
@@ -319,7 +319,7 @@ def test_half_an_adapter_never_stays() -> None:
     with pytest.raises(UnknownSiteError):
         encoder.sites.put(0, [*entries, Entry("encoder.layer.9.x", "scale_shift", {"scale": torch.ones(32)})])
 
-    assert slots_freed(encoder.sites) == 0
+    assert num_filled(encoder.sites) == 0
 
 
 def test_a_block_can_be_a_site(encoder: Encoder) -> None:

@@ -55,11 +55,11 @@ def end_to_end() -> str:
         "| inputs per call | calls in flight | texts/s | of the engine alone | p50 | p99 |",
         "|---|---|---|---|---|---|",
     ]
-    for one in found[1:]:
-        rows.append(
-            f"| {one['inputs_per_call']} | {one['in_flight']} | {one['texts_per_s']:.0f} | {one['ratio']:.2f} "
-            f"| {one['p50_ms']:.0f} ms | {one['p99_ms']:.0f} ms |"
-        )
+    rows += [
+        f"| {one['inputs_per_call']} | {one['in_flight']} | {one['texts_per_s']:.0f} | {one['ratio']:.2f} "
+        f"| {one['p50_ms']:.0f} ms | {one['p99_ms']:.0f} ms |"
+        for one in found[1:]
+    ]
     return "\n".join([*rows, f"\nThe engine alone: {found[0]['texts_per_s']:.0f} texts/s."])
 
 

@@ -226,14 +226,14 @@ def test_a_head_that_wants_a_pooler_of_a_backbone_without_one_is_refused(serve: 
 
 
 def test_the_probe_leaves_nothing_on_the_device(backbone: Path, store_root: Path) -> None:
-    from adapters_store.sites import slots_freed
+    from adapters_store.sites import num_filled
 
     async def scenario() -> int:
         async with running(settings_for(backbone, store_root, preload=False)) as service:
             await golden.prove(service, make_adapter(3), (), "x")
             with pytest.raises(golden.GoldenError):
                 await golden.prove(service, make_adapter(3), WRONG, "x")
-            return await service.engine.run(lambda: slots_freed(service.backbone.encoder.sites))
+            return await service.engine.run(lambda: num_filled(service.backbone.encoder.sites))
 
     assert asyncio.run(scenario()) == 0
     assert torch.get_num_threads() == 1

@@ -7,7 +7,7 @@ import pytest
 
 from adapters_store.errors import CorruptError, EspalierError
 from adapters_store.manifest import Manifest
-from adapters_store.sites import slots_freed
+from adapters_store.sites import num_filled
 from adapters_store.store import AdapterStore
 from server import inference
 from server.errors import TooManyAdaptersError
@@ -25,7 +25,7 @@ def versions(service: Service, *names: str) -> list[Manifest]:
 
 async def filled(service: Service) -> int:
     """(site, slot) pairs in use, once the engine has done what was posted."""
-    return await service.engine.run(lambda: slots_freed(service.backbone.encoder.sites))
+    return await service.engine.run(lambda: num_filled(service.backbone.encoder.sites))
 
 
 def resident(service: Service) -> set[str]:
