@@ -62,8 +62,10 @@ def packed_attention(
     _refuse(options)
     causal = bool(options.get("is_causal", getattr(module, "is_causal", False)))
     pieces = []
-    for start, rows, length in runs:
-        q, k, v = (_rows(tensor, start, rows, length) for tensor in (query, key, value))
+    sizes = [rows * length for _, rows, length in runs]  # split, not sliced: one gradient buffer instead of one per run
+    parts = zip(*(torch.split(tensor[0], sizes, dim=1) for tensor in (query, key, value)), strict=True)
+    for (_, rows, length), part in zip(runs, parts, strict=True):
+        q, k, v = (_rows(run, rows, length) for run in part)
         band = _band(length, options.get("sliding_window"), causal, query.device)
         if band is None and not causal and _prefers_products(q, k):
             mixed = _two_sided(q, k, v, scaling)
@@ -76,9 +78,8 @@ def packed_attention(
     return torch.cat(pieces, dim=1), None
 
 
-def _rows(tensor: Tensor, start: int, rows: int, length: int) -> Tensor:
-    """(rows, heads, length, d) view of a run of a packed (1, heads, tokens, d)."""
-    run = tensor[0, :, start : start + rows * length]
+def _rows(run: Tensor, rows: int, length: int) -> Tensor:
+    """(rows, heads, length, d) view of a run (heads, rows * length, d)."""
     return run.reshape(run.shape[0], rows, length, run.shape[-1]).transpose(0, 1)
 
 

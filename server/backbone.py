@@ -63,7 +63,7 @@ def _tokenize(tokenizer: Any, texts: Sequence[str], limits: Sequence[int]) -> li
         chosen = [i for i, mine in enumerate(limits) if mine == limit]
         ids = tokenizer([texts[i] for i in chosen], truncation=True, max_length=limit)["input_ids"]
         for i, row in zip(chosen, ids, strict=True):
-            rows[i] = row
+            rows[i] = row or [tokenizer.pad_token_id or 0]  # an empty text of a tokenizer that adds nothing
     return rows
 
 

@@ -9,9 +9,9 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from server import keys
-from server.__main__ import main
 from server.edge import PUBLIC
 from server.security import KeyFile
+from server.serve import serve
 from tests.server.conftest import Serve
 from tests.server.tiny import multipart, peft_files
 
@@ -221,7 +221,7 @@ def test_an_admin_of_some_tasks_administers_only_those(serve: Serve, key_file: P
 @pytest.mark.parametrize("host", ["0.0.0.0", "", "192.0.2.1", "::"])
 def test_without_keys_only_loopback_is_served(host: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main(["--host", host, "--store", str(tmp_path)])
+        serve(["--host", host, "--store", str(tmp_path)])
 
     assert stopped.value.code == 2
     assert "--api-keys" in capsys.readouterr().err

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from server import logs
-from server.__main__ import main
 from server.config import Settings, check_environment
+from server.serve import serve
 
 
 def stopped(arguments: list[str]) -> int:
     with pytest.raises(SystemExit) as raised:
-        main(arguments)
+        serve(arguments)
     return int(raised.value.code or 0)
 
 
@@ -88,7 +88,7 @@ def test_a_store_or_backbone_that_is_not_there_stops_with_1_and_says_so(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     with pytest.raises(SystemExit) as raised:
-        main(["--backbone", str(tmp_path / "nowhere"), "--store", str(tmp_path)])
+        serve(["--backbone", str(tmp_path / "nowhere"), "--store", str(tmp_path)])
 
     assert "nowhere" in str(raised.value.code)
 
