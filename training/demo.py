@@ -13,6 +13,7 @@ RUN = "demo"
 def demo(config: DemoConfig) -> bool:
     """Fill the store with the demo's adapters and graph; False if there was nothing to do."""
     tasks = sorted(path.parent.name for path in DATA.glob("*/train.jsonl"))
+    _check_backbone(config, tasks)
     missing = _missing(config.store, tasks)
     if not missing:
         say(f"{config.store} holds the demo's {len(tasks)} adapters and their relation graph already: nothing to do")
@@ -29,6 +30,23 @@ def _missing(store: Path, tasks: list[str]) -> list[str]:
     opened = AdapterStore(store)
     known = set(opened.names())
     return [task for task in tasks if task not in known] + ([] if opened.graph_versions() else ["the relation graph"])
+
+
+def _check_backbone(config: DemoConfig, tasks: list[str]) -> None:
+    """Refuse a store whose demo was trained on another backbone. Raises BackboneMismatchError."""
+    from adapters_store import backbones
+    from adapters_store.errors import BackboneMismatchError
+    from adapters_store.store import AdapterStore
+
+    opened = AdapterStore(config.store)
+    mine = backbones.fingerprint(backbones.locate(config.backbone), config.dtype)
+    for task in sorted(set(tasks) & set(opened.names())):
+        theirs = opened.resolve(task).backbone
+        if not mine.is_same(theirs):
+            raise BackboneMismatchError(
+                f"{config.store} holds {task!r} trained on another {theirs.architecture}; "
+                "give the demo on this backbone a store of its own: --store (make demo STORE=…)"
+            )
 
 
 def _train(config: DemoConfig, tasks: list[str]) -> None:

@@ -1,9 +1,12 @@
 """The demo fills a store once and then leaves it alone."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from adapters_store.errors import BackboneMismatchError
 from adapters_store.graph import RelationGraph
 from adapters_store.store import AdapterStore
 from training.config import DemoConfig, FitConfig
@@ -25,6 +28,13 @@ def test_the_demo_trains_publishes_and_relates_once(bert_folder: Path, tmp_path:
 
     assert not demo(config)
     assert store.versions("books") == [1]
+
+    (tmp_path / "other").mkdir()
+    shutil.copytree(bert_folder, tmp_path / "other", dirs_exist_ok=True)
+    weights = load_file(tmp_path / "other" / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, tmp_path / "other" / "model.safetensors")
+    with pytest.raises(BackboneMismatchError, match="--store"):
+        demo(config.model_copy(update={"backbone": str(tmp_path / "other")}))
 
 
 def test_the_demo_data_is_what_a_task_folder_should_be() -> None:
