@@ -56,7 +56,8 @@ def train(kind: str, data: Path, examples: int, seed: int) -> float:
 def evaluated(kind: str, modes: str, data: Path) -> dict[tuple[str, str], float]:
     """(task, mode) -> accuracy, as training's own evaluation has it."""
     out = WORK / f"evaluated-{kind}.jsonl"
-    training("evaluate", "--data", data, "--store", WORK / f"store-{kind}", "--modes", modes, "--out", out)
+    if not out.exists():
+        training("evaluate", "--data", data, "--store", WORK / f"store-{kind}", "--modes", modes, "--out", out)
     return {(line["task"], line["mode"]): line["accuracy"] for line in map(json.loads, out.read_text().splitlines())}
 
 
@@ -68,7 +69,7 @@ def asked(kind: str, modes: Sequence[str], data: Path) -> dict[tuple[str, str], 
         for folder in track(sorted(data.iterdir()), f"asking {kind}", console=Console(stderr=True)):
             if not (folder / "test.jsonl").exists():
                 continue
-            rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().splitlines()]
+            rows = [json.loads(line) for line in (folder / "test.jsonl").read_text().split("\n") if line]
             for mode in modes:
                 found[folder.name.lower(), mode] = _accuracy(client, server.port, folder.name.lower(), mode, rows)
     return found
