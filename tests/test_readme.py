@@ -33,7 +33,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real server with tasks of README's names on a tiny backbone."""
     root = tmp_path_factory.mktemp("readme")
     backbone = make_backbone(root / "backbone")
-    make_store(root / "store", backbone, ("books", "films", "toxicity", "spam"))
+    make_store(root / "store", backbone, ("books", "films", "banking", "news_topic", "spam"))
     command = [
         sys.executable,
         "-m",
@@ -71,7 +71,7 @@ def test_the_answer_shown_has_the_fields_of_a_real_one(url: str) -> None:
     import json
 
     shown = json.loads(re.findall(r"```json\n(.*?)```", README, re.DOTALL)[0])
-    body = {"inputs": [{"task": "books", "text": "any"}]}
+    body = {"inputs": [{"task": "banking", "text": "any"}]}
 
     real = httpx.post(f"{url}/v1/infer", json=body).json()
 

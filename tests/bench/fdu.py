@@ -39,11 +39,11 @@ def training(*arguments: object) -> None:
     subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
-def train(kind: str, data: Path, examples: int, seed: int) -> float:
-    """Fit, publish and, for adapters, relate one kind; seconds it took, 0 if it was done before."""
+def train(kind: str, data: Path, examples: int, seed: int) -> float | None:
+    """Fit, publish and, for adapters, relate one kind; seconds it took, None if it was done before."""
     store, start = WORK / f"store-{kind}", time.perf_counter()
     if (store / "done").exists():
-        return 0.0
+        return None
     training("fit", "--data", data, "--kind", kind, "--examples", examples, "--max-length", 96, "--epochs", 5,
              "--seed", seed, "--runs", WORK, "--run", kind)  # fmt: skip
     training("publish", "--run", WORK / kind, "--store", store)
