@@ -6,18 +6,20 @@ from fastapi import Depends, Request
 
 from server.service import Service
 
+# async, though they wait for nothing: FastAPI would run plain functions in threads, which costs more than a call
 
-def _service(request: Request) -> Service:
+
+async def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
 
-def _allowed_tasks(request: Request) -> frozenset[str] | None:
+async def _allowed_tasks(request: Request) -> frozenset[str] | None:
     tasks: frozenset[str] | None = request.state.key.tasks
     return tasks
 
 
-def _actor(request: Request) -> str:
+async def _actor(request: Request) -> str:
     name: str = request.state.key.name
     return name
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import uvicorn
+import uvloop
 from rich.console import Console
 from rich.table import Table
 
@@ -39,7 +40,7 @@ from tests.bench.forward import random_lora
 from tests.bench.load_client import TASKS, calls
 from tests.bench.rounds import write
 
-SHAPES = ((1, 64), (8, 16), (32, 8))  # inputs per call, calls in flight
+SHAPES = ((1, 64), (1, 256), (8, 16), (32, 8))  # inputs per call, calls in flight
 
 
 def make_store(root: Path, served: backbone.Served) -> None:
@@ -67,7 +68,7 @@ class Server:
         self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
-        self.loop = asyncio.new_event_loop()
+        self.loop = uvloop.new_event_loop()  # what uvicorn takes where it is installed
         self.loop.run_until_complete(self._server.serve())
 
     def __enter__(self) -> "Server":
@@ -169,7 +170,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the forward")
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
-    sys.setswitchinterval(0.0005)  # as `python -m server` sets it
+    sys.setswitchinterval(0.00002)  # as `python -m server` sets it
     with tempfile.TemporaryDirectory() as root:
         served = backbone.load(None, options.dtype, "cpu")
         make_store(Path(root), served)
