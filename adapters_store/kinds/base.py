@@ -5,6 +5,7 @@ its exporter. Training differentiates through the exporter, so what is trained i
 code in the server.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -24,24 +25,24 @@ class KindConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Kind:
+class Kind(ABC):
     """A method. Subclasses are stateless; one file each."""
 
     name: ClassVar[str]
     Config: ClassVar[type[KindConfig]]
 
+    @abstractmethod
     def sites(self, sites: Sites, config: KindConfig) -> list[str]:
         """Names of the sites where the method acts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parameters(self, place: Place, config: KindConfig, generator: torch.Generator) -> Parameters:
         """Initial trainable tensors at a site, float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def export(self, place: Place, parameters: Mapping[str, Tensor], config: KindConfig) -> list[Entry]:
         """The primitives that the parameters mean at a site; differentiable."""
-        raise NotImplementedError
 
+    @abstractmethod
     def num_parameters(self, place: Place, config: KindConfig) -> int:
         """How many numbers are trained at a site, by the method's formula."""
-        raise NotImplementedError
