@@ -187,7 +187,7 @@ class Scheduler:
             answers = [
                 Answer(v, now - one.since, done.seconds, len(batch)) for one, v in zip(batch, done.outputs, strict=True)
             ]
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001  # a batch that fails fails its own rows; the server goes on
             self._metrics.forward_failures.inc()
             logs.note(log, "forward_failed", logging.ERROR, rows=len(batch), trace=logs.trace_of(error))
             for one in batch:
