@@ -70,6 +70,15 @@ class Encoder:
         place[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(order))
         return pooled.index_select(0, place.to(self.device))
 
+    def states(self, rows: Rows, mixes: Sequence[Mix | None], *, reference: bool = False) -> list[Tensor]:
+        """Hidden states of each row's tokens under its mix, (length, hidden_size) each, in one forward."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        batch = MixedBatch.of([(len(rows[i]), mixes[i]) for i in order], self.num_layers, self.device)
+        run = self._packed if self.is_packed else self._padded
+        pieces = torch.split(run([rows[i] for i in order], batch, reference), [len(rows[i]) for i in order])
+        by_row = dict(zip(order, pieces, strict=True))
+        return [by_row[i] for i in range(len(rows))]
+
     def _packed(self, rows: Rows, batch: MixedBatch, reference: bool) -> Tensor:
         """(tokens, d) hidden states, rows side by side."""
         lengths = [len(row) for row in rows]

@@ -61,11 +61,23 @@ class HeadSpec(_Strict):
     tensors: dict[str, str]
 
 
+class GenerationSpec(_Strict):
+    """How a task that answers with text is asked, where a request does not say."""
+
+    max_tokens: int = Field(ge=1, description="tokens of an answer at most")
+
+
 class GoldenExample(_Strict):
-    """A text and the logits that this adapter alone must give it on its backbone (float32)."""
+    """A text and what this adapter alone must give it on its backbone in float32.
+
+    A classifier gives logits. An adapter that generates gives each token of `completion`, and of the end of text behind
+    it, a log-probability.
+    """
 
     text: str
-    logits: tuple[float, ...]
+    logits: tuple[float, ...] = ()
+    completion: str | None = None
+    logprobs: tuple[float, ...] = ()
 
 
 class Manifest(_Strict):
@@ -80,6 +92,7 @@ class Manifest(_Strict):
     sites: tuple[SiteEntry, ...] = ()
     tensors: dict[str, TensorSpec] = {}
     head: HeadSpec | None = None
+    generation: GenerationSpec | None = None
     backbone: Backbone
     blob: str = Field(description="sha256:<hex> of the safetensors file")
     size_bytes: int = Field(ge=0, description="of the blob")
@@ -92,6 +105,8 @@ class Manifest(_Strict):
     def digest(self) -> str:
         """`sha256:<hex>` of everything that decides an answer, and of nothing else."""
         deciding = self.model_dump(mode="json", include={"sites", "tensors", "head", "blob"})
+        if self.generation:
+            deciding["generation"] = self.generation.model_dump()
         deciding["backbone"] = self.backbone.model_dump(exclude={"dtype"})
         return digest_of(canonical_json(deciding))
 

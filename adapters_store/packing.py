@@ -2,12 +2,14 @@
 
 A packed forward gets input_ids (1, tokens) with rows side by side. All that mixes tokens is attention, so the
 attention function is the one part that must know where rows begin; it is registered with the model library under the
-name PACKED and reads the current row lengths from here.
+name PACKED and does what the current context says: attention within rows (`packed`), or whatever a caller brings
+(`attending`), as generation does with its pages of keys and values.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -16,8 +18,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 PACKED = "espalier_packed"
-_runs: ContextVar[tuple[tuple[int, int, int], ...] | None] = ContextVar("runs", default=None)
-_bands: ContextVar[dict[tuple[int, int, bool], Tensor]] = ContextVar("bands")  # this batch's masks, see _band
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a model wants scores made. window: keys a token looks back on, itself included; None for all.
+
+    softcap: scores become softcap * tanh(scores / softcap).
+    """
+
+    scale: float
+    is_causal: bool
+    window: int | None
+    softcap: float | None
+
+
+# (module, query (heads, tokens, d), key (kv_heads, tokens, d), value (kv_heads, tokens, d_v)) -> (tokens, heads, d_v)
+Attend = Callable[[nn.Module, Tensor, Tensor, Tensor, Scoring], Tensor]
+_attend: ContextVar[Attend | None] = ContextVar("attend", default=None)
 
 
 def runs_of(lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
@@ -31,14 +49,20 @@ def runs_of(lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
 
 
 @contextmanager
-def packed(lengths: Sequence[int]) -> Iterator[None]:
-    """While inside, packed attention works on rows of these lengths."""
-    runs, bands = _runs.set(runs_of(lengths)), _bands.set({})
+def attending(attend: Attend) -> Iterator[None]:
+    """While inside, packed attention is this function."""
+    token = _attend.set(attend)
     try:
         yield
     finally:
-        _runs.reset(runs)
-        _bands.reset(bands)
+        _attend.reset(token)
+
+
+@contextmanager
+def packed(lengths: Sequence[int]) -> Iterator[None]:
+    """While inside, packed attention works within rows of these lengths."""
+    with attending(_WithinRows(lengths)):
+        yield
 
 
 def packed_attention(
@@ -51,31 +75,90 @@ def packed_attention(
     dropout: float = 0.0,  # noqa: ARG001  # a frozen backbone has none
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of each row to itself. query: (1, heads, tokens, d); key, value: (1, kv_heads, tokens, d).
+    """The registered function. query: (1, heads, tokens, d); key, value: (1, kv_heads, tokens, d).
 
-    Returns (1, tokens, heads, d). Raises ValueError for what it does not do (soft caps, sinks, biases by position), so
-    that the encoder falls back to padding instead of being silently wrong.
+    Returns (1, tokens, heads, d). Raises ValueError for what it does not do (sinks, biases by position), so that the
+    encoder falls back to padding instead of being silently wrong.
     """
-    runs = _runs.get()
-    if runs is None:
-        raise ValueError("packed attention outside of packing.packed()")
-    _refuse(options)
-    causal = bool(options.get("is_causal", getattr(module, "is_causal", False)))
-    pieces = []
-    sizes = [rows * length for _, rows, length in runs]  # split, not sliced: one gradient buffer instead of one per run
-    parts = zip(*(torch.split(tensor[0], sizes, dim=1) for tensor in (query, key, value)), strict=True)
-    for (_, rows, length), part in zip(runs, parts, strict=True):
-        q, k, v = (_rows(run, rows, length) for run in part)
-        band = _band(length, options.get("sliding_window"), causal, query.device)
-        if band is None and not causal and _prefers_products(q, k):
-            mixed = _two_sided(q, k, v, scaling)
-        else:
-            plain = causal and length > 1 and band is None
-            mixed = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=band, is_causal=plain, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-            )
-        pieces.append(mixed.transpose(1, 2).reshape(1, rows * length, *mixed.shape[1:2], mixed.shape[-1]))
-    return torch.cat(pieces, dim=1), None
+    attend = _attend.get()
+    if attend is None:
+        raise ValueError("packed attention outside of packing.packed() or attending()")
+    for name in ("s_aux", "position_bias"):
+        if options.get(name) is not None:
+            raise ValueError(f"packed attention does not do {name}")
+    scoring = Scoring(
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        bool(options.get("is_causal", getattr(module, "is_causal", False))),
+        options.get("sliding_window"),
+        options.get("softcap"),
+    )
+    return attend(module, query[0], key[0], value[0], scoring)[None], None
+
+
+class _WithinRows:
+    """Attention of each row to itself."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._runs = runs_of(lengths)
+        self._sizes = [rows * length for _, rows, length in self._runs]
+        self._bands: dict[tuple[int, int | None, bool], Tensor] = {}  # this batch's masks
+
+    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        """See Attend."""
+        # split, not sliced: one gradient buffer instead of one per run
+        parts = zip(*(torch.split(tensor, self._sizes, dim=1) for tensor in (query, key, value)), strict=True)
+        pieces = []
+        for (_, rows, length), part in zip(self._runs, parts, strict=True):
+            q, k, v = (_rows(run, rows, length) for run in part)
+            mixed = self._run(q, k, v, scoring)
+            pieces.append(mixed.transpose(1, 2).reshape(rows * length, mixed.shape[1], mixed.shape[-1]))
+        return torch.cat(pieces)
+
+    def _run(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+        """Rows of equal length. q: (rows, heads, length, d); returns the same shape."""
+        length = q.shape[2]
+        band = self._band(length, scoring, q.device)
+        if scoring.softcap is not None:
+            return capped(q, k, v, self._band(length, scoring, q.device, always=True), scoring)
+        if band is None and not scoring.is_causal and _prefers_products(q, k):
+            return _two_sided(q, k, v, scoring.scale)
+        plain = scoring.is_causal and length > 1 and band is None
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=band, is_causal=plain, scale=scoring.scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+
+    def _band(self, length: int, scoring: Scoring, device: torch.device, *, always: bool = False) -> Tensor | None:
+        """(length, length) True where a token looks: less than a window away and, if causal, not ahead.
+
+        None if the window reaches over the whole row, unless it is wanted always. The model library passes the window
+        with this meaning to every attention function, for two-sided windows too (ModernBERT: half of local_attention,
+        plus one).
+        """
+        window = scoring.window
+        if not always and (window is None or window >= length):
+            return None
+        key = (length, window, scoring.is_causal)
+        if key not in self._bands:
+            at = torch.arange(length, device=device)
+            apart = at[:, None] - at
+            near = apart.abs() < (window or length)
+            self._bands[key] = near & (apart >= 0) if scoring.is_causal else near
+        return self._bands[key]
+
+
+def capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
+    """Attention with a soft cap on scores, in float32, as Gemma 2 has it (arXiv 2408.00118, 2).
+
+    q: (…, heads, queries, d); k, v: (…, kv_heads, keys, d); mask: (queries, keys), True where a query looks.
+    """
+    cap, groups = scoring.softcap, q.shape[-3] // k.shape[-3]
+    if cap is None:
+        raise AssertionError("our bug: capped attention without a cap")
+    k, v = (part.repeat_interleave(groups, dim=-3) if groups > 1 else part for part in (k, v))
+    scores = cap * torch.tanh((q @ k.mT) * (scoring.scale / cap))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v
 
 
 def _rows(run: Tensor, rows: int, length: int) -> Tensor:
@@ -95,35 +178,12 @@ def _prefers_products(q: Tensor, k: Tensor) -> bool:
     )
 
 
-def _two_sided(q: Tensor, k: Tensor, v: Tensor, scaling: float | None) -> Tensor:
-    """softmax(scaling q k^T) v as two batched products. All (rows, heads, length, d)."""
+def _two_sided(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T) v as two batched products. All (rows, heads, length, d)."""
     shape, flat = q.shape, (q.shape[0] * q.shape[1], q.shape[2], q.shape[3])
-    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     # The scale goes inside the product, where sums are still float32.
     scores = torch.baddbmm(q.new_zeros(1, 1, 1), q.reshape(flat), k.reshape(flat).mT, beta=0, alpha=scale)
     return torch.bmm(torch.softmax(scores, dim=-1), v.reshape(flat)).view(shape)
-
-
-def _band(length: int, window: int | None, causal: bool, device: torch.device) -> Tensor | None:
-    """(length, length) True where a token looks: less than a window away and, if causal, not ahead.
-
-    None if the window reaches over the whole row. The model library passes the window with this meaning to every
-    attention function, for two-sided windows too (ModernBERT: half of local_attention, plus one).
-    """
-    if window is None or window >= length:
-        return None
-    bands, key = _bands.get(), (length, window, causal)
-    if key not in bands:
-        at = torch.arange(length, device=device)
-        apart = at[:, None] - at
-        bands[key] = (apart >= 0) & (apart < window) if causal else apart.abs() < window
-    return bands[key]
-
-
-def _refuse(options: dict[str, Any]) -> None:
-    for name in ("softcap", "s_aux", "position_bias"):
-        if options.get(name) is not None:
-            raise ValueError(f"packed attention does not do {name}")
 
 
 def no_mask(*args: Any, **kwargs: Any) -> None:

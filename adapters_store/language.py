@@ -1,0 +1,71 @@
+"""A causal language model: an Encoder over its backbone, and the head that makes logits of hidden states.
+
+Training (the loss on completions), the golden examples of generating adapters and the server's generation all read
+logits here. Adapters act in the backbone; the head is the model's own and is never adapted.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters_store.encoder import Encoder, Rows
+from adapters_store.errors import UnsupportedError
+from adapters_store.mixing import Mix
+from adapters_store.packing import packed
+
+
+class LanguageModel:
+    """A frozen causal model, ready to run mixed batches. Not thread-safe: one batch at a time."""
+
+    def __init__(self, model: nn.Module, *, pad_id: int = 0, keeps_reference: bool = False) -> None:
+        """model: an AutoModelForCausalLM. Raises UnsupportedError, naming the family, if its logits are not ours."""
+        causal: Any = model
+        self.model = model
+        self.encoder = Encoder(causal.base_model, pad_id=pad_id, keeps_reference=keeps_reference)
+        self._projection: nn.Module = causal.get_output_embeddings()
+        config = causal.config
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        self._factor = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        self._check(causal)
+
+    @property
+    def vocab_size(self) -> int:
+        """Logits per token; a tokenizer may know fewer tokens."""
+        projection: Any = self._projection
+        return int(projection.weight.shape[0])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, vocab_size) float32 of hidden states (n, hidden_size)."""
+        logits: Tensor = self._projection(hidden).float() * self._factor
+        return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
+
+    def logprobs(
+        self, rows: Rows, mixes: Sequence[Mix | None], starts: Sequence[int], *, reference: bool = False
+    ) -> list[Tensor]:
+        """Log-probability of each row's own tokens from position starts[i] >= 1 on, in one forward.
+
+        Returns (length - start,) float32 per row, natural logarithm.
+        """
+        states = self.encoder.states(rows, mixes, reference=reference)
+        predicting = [state[start - 1 : -1] for state, start in zip(states, starts, strict=True)]
+        wanted = [token for row, start in zip(rows, starts, strict=True) for token in row[start:]]
+        shares = torch.log_softmax(self.logits(torch.cat(predicting)), dim=-1)
+        chosen = shares.gather(1, torch.tensor(wanted, device=shares.device)[:, None])[:, 0]
+        return list(torch.split(chosen, [len(state) for state in predicting]))
+
+    @torch.no_grad()
+    def _check(self, causal: Any) -> None:
+        """Our logits must be those of the model's own forward."""
+        row = [(7 * i + 11) % (self.vocab_size - 2) + 1 for i in range(9)]
+        ids = torch.tensor([row], device=self.encoder.device)
+        with packed([len(row)]):
+            expected = causal(input_ids=ids, use_cache=False).logits[0].float()
+        found = self.logits(self.encoder.states([row], [None])[0])
+        tolerance = 1e-3 if self.encoder.dtype == torch.float32 else 0.05
+        if not (found - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0):
+            raise UnsupportedError(
+                f"{type(causal).__name__}: its logits are not its output embedding of the last hidden state, "
+                "so this family cannot generate here"
+            )
