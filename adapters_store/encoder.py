@@ -35,7 +35,7 @@ class Encoder:
         self.pad_id = pad_id
         self.pooler = _take_pooler(model)
         self._accepts = set(inspect.signature(model.forward).parameters)
-        self._first_position = _first_position(model)
+        self.first_position = _first_position(model)
         self._probe = _probe_rows(int(config.vocab_size), pad_id)
         self.is_packed = self._try_packing()
         with torch.no_grad():
@@ -46,7 +46,7 @@ class Encoder:
         """Longest row in tokens."""
         config: Any = self.model.config
         positions: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        return (positions or 512) - self._first_position
+        return (positions or 512) - self.first_position
 
     def tokens_run(self, lengths: Sequence[int]) -> int:
         """Tokens that a batch of rows of these lengths computes, padding included."""
@@ -83,7 +83,7 @@ class Encoder:
         """(tokens, d) hidden states, rows side by side."""
         lengths = [len(row) for row in rows]
         ids = torch.tensor([[token for row in rows for token in row]], device=self.device)  # (1, tokens)
-        positions = torch.cat([torch.arange(length) for length in lengths])[None].to(self.device) + self._first_position
+        positions = torch.cat([torch.arange(length) for length in lengths])[None].to(self.device) + self.first_position
         with self.sites.mixing(batch, reference=reference), packed(lengths):
             return self._forward(input_ids=ids, position_ids=positions)[0]
 

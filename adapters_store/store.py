@@ -18,7 +18,7 @@ from adapters_store.draft import draft, to_bytes
 from adapters_store.errors import AdapterNotFoundError, ConflictError, CorruptError, RefusedError
 from adapters_store.graph_store import GraphRecord, GraphStore
 from adapters_store.layout import aliases_of, blob_key, live_versions, read_manifest, tombstones_of, versions_of
-from adapters_store.manifest import Backbone, GoldenExample, Manifest
+from adapters_store.manifest import Backbone, GenerationSpec, GoldenExample, Manifest
 from adapters_store.objects import LocalObjects, Objects
 from adapters_store.pointers import AliasRecord, Record, encode, ways_back
 from adapters_store.references import Reference, check_alias, check_name, parse_reference
@@ -47,6 +47,7 @@ class AdapterStore:
         metrics: Mapping[str, float] = {},
         provenance: Mapping[str, Any] = {},
         golden: Sequence[GoldenExample] = (),
+        generation: GenerationSpec | None = None,
         alias: str | None = None,
         actor: str = "",
     ) -> Manifest:
@@ -61,6 +62,7 @@ class AdapterStore:
             check_alias(alias)
         packed, data = to_bytes(adapter)
         facts = {"name": name, "task": task, "kind": kind, "backbone": backbone, "golden": tuple(golden)}
+        facts["generation"] = generation
         noted = dict(provenance) | ({"actor": actor} if actor else {})
         more = {"hyperparameters": dict(hyperparameters), "metrics": dict(metrics), "provenance": noted}
         version = self._add(draft(packed, data, facts | more), data)

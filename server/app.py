@@ -12,7 +12,7 @@ from server.config import Settings
 from server.edge import Edge
 from server.limits import MAX_GRAPH_BYTES, BodyLimit
 from server.replies import DOCUMENTED
-from server.routes import adapters, graph, health, infer, openai
+from server.routes import adapters, completions, graph, health, infer, openai
 from server.security import Keys
 from server.service import Service
 
@@ -36,7 +36,7 @@ def make_app(service: Service) -> FastAPI:
         docs_url=None, redoc_url=None,
     )  # fmt: skip
     app.state.service = service
-    for part in (infer, adapters, graph, openai, health):
+    for part in (infer, adapters, graph, openai, completions, health):
         app.include_router(part.router)
     app.mount("/console", StaticFiles(directory=health.CONSOLE), name="console")
     replies.install(app)

@@ -8,11 +8,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModel, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
 from transformers.utils import logging as transformers_logging
 
 from adapters_store import backbones
 from adapters_store.encoder import Encoder
+from adapters_store.errors import UnsupportedError
+from adapters_store.language import LanguageModel
 from adapters_store.manifest import Backbone
 from adapters_store.packing import PACKED, no_mask, packed_attention
 
@@ -25,6 +36,7 @@ class Served:
     folder: Path
     fingerprint: Backbone
     encoder: Encoder
+    language: LanguageModel | None  # what the encoder is part of, where the backbone generates
     tokenizer: Any  # for the event loop's thread only: a call sets its limits on the object
     default_pooling: str
     bulk: "BulkTokenizer" = field(init=False)
@@ -36,6 +48,14 @@ class Served:
     def max_length(self) -> int:
         """Longest row in tokens that both the model and its tokenizer allow."""
         return min(self.encoder.max_length, int(self.tokenizer.model_max_length))
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that end a text, as the model and its tokenizer say."""
+        said: Any = getattr(self.language and self.language.model, "generation_config", None)
+        ends = getattr(said, "eos_token_id", None)
+        listed = ends if isinstance(ends, list) else [ends]
+        return frozenset(token for token in (*listed, self.tokenizer.eos_token_id) if token is not None)
 
     def tokenize(self, texts: Sequence[str], max_lengths: Sequence[int | None]) -> list[list[int]]:
         """Token ids of each text, cut to its own limit and the backbone's. For the event loop's thread."""
@@ -67,17 +87,31 @@ def _tokenize(tokenizer: Any, texts: Sequence[str], limits: Sequence[int]) -> li
     return rows
 
 
-def load(name: str | None, dtype: str, device: str) -> Served:
-    """The backbone of a hub id or folder, or the demo's default. Raises BackboneNotFoundError."""
+def load(name: str | None, dtype: str, device: str, *, generate: bool | None = None) -> Served:
+    """The backbone of a hub id or folder, or the demo's default.
+
+    generate: load it as a causal language model; None: if it is one. Raises BackboneNotFoundError, or UnsupportedError
+    for a model that should generate and cannot.
+    """
     transformers_logging.disable_progress_bar()
     AttentionInterface.register(PACKED, packed_attention)
     AttentionMaskInterface.register(PACKED, no_mask)
     folder = backbones.locate(name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
-    pad_id = tokenizer.pad_token_id
-    encoder = Encoder(model, pad_id=0 if pad_id is None else pad_id)
-    is_causal = bool(getattr(model.config, "is_decoder", False)) or not hasattr(tokenizer, "cls_token_id")
-    pooling = "last" if is_causal or tokenizer.cls_token_id is None else "mean"
+    is_causal = _is_causal(AutoConfig.from_pretrained(folder))
+    if generate and not is_causal:
+        raise UnsupportedError(f"{folder.name} is no causal language model: it cannot generate; leave --generate out")
+    generates = is_causal and generate is not False
+    auto = AutoModelForCausalLM if generates else AutoModel
+    model = auto.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
+    pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    language = LanguageModel(model, pad_id=pad_id) if generates else None
+    encoder = language.encoder if language else Encoder(model, pad_id=pad_id)
     shown = (name or "all-MiniLM-L6-v2").rstrip("/").rsplit("/", 1)[-1]
-    return Served(shown, folder, backbones.fingerprint(folder, dtype), encoder, tokenizer, pooling)
+    fingerprint = backbones.fingerprint(folder, dtype)
+    return Served(shown, folder, fingerprint, encoder, language, tokenizer, "last" if is_causal else "mean")
+
+
+def _is_causal(config: Any) -> bool:
+    """True for decoders such as GPT-2 and Llama, whose last token alone has seen the whole text."""
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) not in MODEL_FOR_MASKED_LM_MAPPING

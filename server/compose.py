@@ -40,7 +40,8 @@ class Ask:
 class Composed:
     """The answer: adapter versions with their weights (num_layers,), and the version whose head answers.
 
-    task: the one that is answered; None for a mixture or explicit weights without a head.
+    task: the one that is answered; None for a mixture or explicit weights without a head. own: the version that is the
+    task's own module, or whose head answers.
     """
 
     mode: Mode
@@ -48,6 +49,7 @@ class Composed:
     graph_version: int
     parts: tuple[Part, ...]
     head: Manifest | None
+    own: Manifest | None = None
 
     @cached_property
     def manifests(self) -> tuple[Manifest, ...]:
@@ -56,6 +58,11 @@ class Composed:
         if self.head:
             found.setdefault(self.head.digest, self.head)
         return tuple(found.values())
+
+    @cached_property
+    def composing(self) -> tuple[Manifest, ...]:
+        """The versions with weight: what generating text needs."""
+        return tuple(manifest for manifest, _ in self.parts)
 
     @cached_property
     def brief(self) -> dict[str, Any]:
@@ -83,9 +90,11 @@ class Composed:
 class Composer:
     """Answers questions for one backbone."""
 
-    def __init__(self, num_layers: int, max_adapters: int) -> None:
+    def __init__(self, num_layers: int, max_adapters: int, *, generates: bool = False) -> None:
+        """generates: what has no head answers with text; otherwise it cannot answer."""
         self.num_layers = num_layers
         self.max_adapters = max_adapters
+        self.generates = generates
         self._catalog: Catalog | None = None
         self._known: dict[Ask, Composed] = {}
 
@@ -105,7 +114,8 @@ class Composer:
             raise TooManyAdaptersError(
                 f"{len(parts)} adapters for one row; at most {self.max_adapters} (--max-adapters)"
             )
-        return Composed(mode, _task_of(ask, head, catalog), catalog.graph_version, parts, head)
+        own = head or (catalog.manifest_of_task(ask.task) if ask.task else None)
+        return Composed(mode, _task_of(ask, head, catalog), catalog.graph_version, parts, head, own)
 
     def _versions(self, ask: Ask, mode: Mode, catalog: Catalog) -> list[Part]:
         """Versions with their weights; one version may come twice, by two references."""
@@ -138,10 +148,14 @@ class Composer:
         if not ask.needs_head:
             return None
         asked = ask.head or ask.task
+        if asked is None and self.generates:
+            return None
         if asked is None:
             raise NoHeadError('say whose head answers: "head": "books" (a task, or an adapter reference)')
         is_task = asked in catalog.task_set or asked == ask.task
         manifest = catalog.manifest_of_task(asked) if is_task else catalog.resolve(asked)
+        if manifest.head is None and self.generates and ask.head is None:
+            return None
         if manifest.head is None:
             raise NoHeadError(f'{manifest.reference} has no head, so it cannot classify; name another in "head"')
         return manifest

@@ -29,6 +29,14 @@ class Settings(BaseSettings):
     api_keys: Path | None = Field(None, description="JSON file of hashed API keys; see python -m server.keys")
     batch_tokens: int = Field(2048, ge=16, description="tokens of one forward at most (one longer text runs alone)")
     queue_tokens: int = Field(65536, ge=16, description="tokens waiting at most; beyond, 429 at once")
+    generate: bool | None = Field(None, description="answer with generated text; if not given: where the model can")
+    max_length: int | None = Field(
+        None, ge=16, description="tokens of prompt and text; the model's context if not given"
+    )
+    kv_mb: int = Field(1024, ge=1, description="MB of keys and values; texts that do not fit wait")
+    step_tokens: int = Field(512, ge=1, description="tokens of one generation step: long prompts are read in chunks")
+    max_sequences: int = Field(256, ge=1, description="texts generated at once at most")
+    prefix_cache: bool = Field(False, description="reuse keys and values of equal prompts under equal compositions")
     max_inputs: int = Field(1024, ge=1, description="rows of one call at most, fan-out counted")
     max_adapters: int = Field(64, ge=1, description="adapters composed for one row at most")
     slots: int = Field(1024, ge=1, description="adapters on the device at most")

@@ -25,6 +25,7 @@ PUBLIC = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json"})
 MAX_HEADER_BYTES = 64 * 2**10  # request line and headers together
 _QUIET = frozenset({"/health", "/ready", "/metrics"})
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}\Z")
+_INFERRING = frozenset({"/v1/infer", "/v1/explain", "/v1/embeddings", "/v1/completions", "/v1/chat/completions"})
 _OPENAI = ("/v1/embeddings", "/v1/models", "/v1/completions", "/v1/chat")
 
 
@@ -35,7 +36,7 @@ def is_openai(path: str) -> bool:
 
 def needed_scope(method: str, path: str) -> KeyScope:
     """Scope a call needs: reading, inferring and explaining are `infer`, whatever changes the server is `admin`."""
-    if method in ("GET", "HEAD", "OPTIONS") or path in ("/v1/infer", "/v1/explain", "/v1/embeddings"):
+    if method in ("GET", "HEAD", "OPTIONS") or path in _INFERRING:
         return "infer"
     return "admin"
 

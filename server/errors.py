@@ -10,7 +10,9 @@ ServerError
 ├── TooManyAdaptersError   one request needs more adapters than there are slots
 ├── NoHeadError            the task's adapter has no head to answer with
 ├── ModelNotFoundError     OpenAI's `model` is neither the backbone, nor a task, nor an adapter
+├── NoGenerationError      the backbone makes no text
 ├── BadInputError          an input that is well formed but cannot be answered
+│   └── ContextLengthError     prompt and completion are longer than the backbone's context
 ├── NotFiniteAnswerError   a composition whose numbers left what the dtype can hold
 ├── BatchFailedError       the forward pass of the row's batch failed
 └── UnforeseenError        our fault; the log says more
@@ -84,6 +86,18 @@ class BadInputError(ServerError):
     code = "invalid_input"
 
 
+class ContextLengthError(BadInputError):
+    """Prompt and completion do not fit the backbone's context."""
+
+    code = "context_length_exceeded"  # as OpenAI calls it
+
+
+class NoGenerationError(ServerError):
+    """The backbone is an encoder, or the server runs without generation."""
+
+    code = "no_generation"
+
+
 class ModelNotFoundError(ServerError):
     """`model` names nothing that the server has."""
 
@@ -127,7 +141,9 @@ STATUS: dict[type[Exception], int] = {
     TooManyAdaptersError: 422,
     NoHeadError: 422,
     ModelNotFoundError: 404,
+    NoGenerationError: 404,
     BadInputError: 422,
+    ContextLengthError: 422,
     NotFiniteAnswerError: 422,
     BatchFailedError: 500,
     UnforeseenError: 500,

@@ -1,7 +1,8 @@
 """One call, from its inputs to its outputs: compose, tokenize, lease, run, label."""
 
+import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +12,15 @@ from adapters_store.composition import Overrides
 from adapters_store.errors import EspalierError, InvalidCompositionError
 from adapters_store.manifest import HeadSpec
 from adapters_store.mixing import Mix
+from server import texts
 from server.compose import Ask, Composed
 from server.engine import Row
 from server.errors import BadInputError, NotFiniteAnswerError
-from server.leases import Lease
 from server.scheduler import Admission, Answer
-from server.schemas import InferRequest, Input, Options, Weight
+from server.schemas import InferRequest, Input, Options, TextOptions, Weight
 from server.security import require_tasks
 from server.service import Service
+from server.texts import Written
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,19 +44,50 @@ class Answered:
 
 async def infer(service: Service, request: InferRequest, allowed: frozenset[str] | None) -> dict[str, Any]:
     """The reply to `POST /v1/infer`, without its id."""
-    asked = rows_of(service, request, allowed)
-    answered = await run(service, asked)
-    explain = request.options.explain
-    outputs = [_output(row, answer, explain) for row, answer in zip(asked, answered.answers, strict=True)]
+    asked, options = rows_of(service, request, allowed), request.options
+    labelled = [row for row in asked if row.composed.head]
+    written = [(row.text, row.composed) for row in asked if not row.composed.head]
+    answered, pieces = await _together(_labels(service, labelled), _texts(service, written, options.text))
+    labels_of, texts_of = iter(answered.answers), iter(pieces)
+    outputs = [
+        _output(row, next(labels_of), options.explain)
+        if row.composed.head
+        else _written(row, next(texts_of), options.explain)
+        for row in asked
+    ]
+    queue_s = [one.queue_s for one in answered.answers] + [one.queue_s for one in pieces]
     return {
         "backbone": service.backbone.name,
         "outputs": outputs,
-        "usage": {"input_tokens": answered.tokens},
+        "usage": _usage(answered, pieces),
         "timing": {
-            "queue_ms": round(1e3 * max(a.queue_s for a in answered.answers), 3),
-            "forward_ms": round(1e3 * max(a.forward_s for a in answered.answers), 3),
+            "queue_ms": round(1e3 * max(queue_s), 3),
+            "forward_ms": round(1e3 * max((one.forward_s for one in answered.answers), default=0.0), 3),
         },
     }
+
+
+async def _together(labels: Awaitable[Answered], texts: Awaitable[list[Written]]) -> tuple[Answered, list[Written]]:
+    """Both, side by side; if one fails the other is given up."""
+    parts = asyncio.ensure_future(labels), asyncio.ensure_future(texts)
+    try:
+        return await asyncio.gather(*parts)
+    finally:
+        for part in parts:
+            part.cancel()
+
+
+async def _labels(service: Service, asked: Sequence[Asked]) -> Answered:
+    return await run(service, asked) if asked else Answered([], 0)
+
+
+async def _texts(service: Service, rows: Sequence[tuple[str, Composed]], options: TextOptions) -> list[Written]:
+    return await texts.write(service, rows, options) if rows else []
+
+
+def _usage(answered: Answered, written: Sequence[Written]) -> dict[str, int]:
+    usage = {"input_tokens": answered.tokens + sum(one.input_tokens for one in written)}
+    return usage | ({"output_tokens": sum(one.output_tokens for one in written)} if written else {})
 
 
 def rows_of(service: Service, request: InferRequest, allowed: frozenset[str] | None) -> list[Asked]:
@@ -92,6 +125,8 @@ def freeze(weight: Weight) -> float | tuple[float, ...]:
 
 def _asked(service: Service, one: Input, ask: Ask, allowed: frozenset[str] | None) -> Asked:
     composed = compose(service, ask, allowed)
+    if composed.head is None:
+        return Asked(one.text, composed, service.backbone.default_pooling, None)
     head = head_of(composed)
     return Asked(one.text, composed, head.pooling, head.max_length)
 
@@ -164,8 +199,8 @@ async def _run_span(
         for row, tokens in zip(asked, ids, strict=True):
             key = id(row.composed)
             if key not in mixes:
-                mixes[key] = mix_of(row.composed, lease)
-                _count(service, row.composed)
+                mixes[key] = lease.mix(row.composed.parts)
+                service.metrics.note_composition([manifest.name for manifest in row.composed.composing])
             rows.append(Row(tokens, mixes[key], row.pooling, lease.head(row.composed.head)))
         answers = await service.scheduler.submit(rows, admission)
     finally:
@@ -182,20 +217,6 @@ def _check_finite(row: Asked, answer: Answer) -> None:
         raise NotFiniteAnswerError(f"{named} gives NaN or infinity: the weights, or the adapters, are too large")
 
 
-def mix_of(composed: Composed, lease: Lease) -> Mix | None:
-    """The composition as slots and weights; None for the bare backbone."""
-    pairs = [(slot, weights) for m, weights in composed.parts if (slot := lease.slot(m)) is not None]
-    if not pairs:
-        return None
-    return Mix(tuple(slot for slot, _ in pairs), np.stack([weights for _, weights in pairs]))
-
-
-def _count(service: Service, composed: Composed) -> None:
-    service.metrics.width.observe(len(composed.parts))
-    for manifest, _ in composed.parts:
-        service.metrics.adapter_rows.labels(service.metrics.adapter_label(manifest.name)).inc()
-
-
 def _output(row: Asked, answer: Answer, explain: bool) -> dict[str, Any]:
     """Label, score and scores of one row, and the composition that gave them."""
     labels = head_of(row.composed).labels
@@ -206,6 +227,16 @@ def _output(row: Asked, answer: Answer, explain: bool) -> dict[str, Any]:
         "label": labels[best],
         "score": scores[best],
         "scores": dict(zip(labels, scores, strict=True)),
+        "composition": row.composed.explained if explain else row.composed.brief,
+    }
+
+
+def _written(row: Asked, written: Written, explain: bool) -> dict[str, Any]:
+    """Text of one row, why it ended, and the composition that gave it."""
+    return {
+        "task": row.composed.task,
+        "text": written.text,
+        "finish_reason": written.finish_reason,
         "composition": row.composed.explained if explain else row.composed.brief,
     }
 

@@ -1,10 +1,15 @@
 """What stands on the device, who holds it, and why something could not come there: the nouns of residency.py."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from adapters_store.manifest import Manifest
+from adapters_store.mixing import Mix
 from adapters_store.primitives.head import Head
 
 
@@ -43,6 +48,13 @@ class Lease:
     def slot(self, manifest: Manifest) -> int | None:
         """Slot of a leased version."""
         return self.residents[manifest.digest].slot
+
+    def mix(self, parts: Sequence[tuple[Manifest, npt.NDArray[np.float32]]]) -> Mix | None:
+        """Leased versions with their weights (num_layers,) as slots and weights; None if none of them has a site."""
+        pairs = [(slot, weights) for manifest, weights in parts if (slot := self.slot(manifest)) is not None]
+        if not pairs:
+            return None
+        return Mix(tuple(slot for slot, _ in pairs), np.stack([weights for _, weights in pairs]))
 
     def head(self, manifest: Manifest | None) -> Head | None:
         """Head of a leased version."""

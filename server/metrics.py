@@ -1,10 +1,14 @@
 """Every metric the server exports, with unit and meaning. Names are base units with the prefix espalier_."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from server.generation.batcher import Batcher
 
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 MAX_LABELS = 200  # adapters with a label of their own; the rest count as "other"
@@ -47,8 +51,18 @@ class Metrics:
         self.loads = Counter("espalier_loads", "adapters made resident", registry=r)
         self.load_failures = Counter("espalier_load_failures", "adapters refused at load", ["code"], registry=r)
         self.evictions = Counter("espalier_evictions", "adapters evicted from the device", registry=r)
+        self.generated_tokens = Counter("espalier_generated_tokens", "tokens generated", registry=r)
+        self.first_token_seconds = Histogram(
+            "espalier_first_token_seconds", "time from admission to a text's first token", registry=r, buckets=_LATENCY
+        )
         self.graph_version = Gauge("espalier_graph_version", "relation graph that serves; 0 for none", registry=r)
         self._labels: set[str] = set()
+
+    def note_composition(self, names: Sequence[str]) -> None:
+        """The adapters that a row, or several rows of one composition, used."""
+        self.width.observe(len(names))
+        for name in names:
+            self.adapter_rows.labels(self.adapter_label(name)).inc()
 
     def adapter_label(self, name: str) -> str:
         """The adapter's name while there are few of them, else `other`: a bounded label set."""
@@ -74,6 +88,37 @@ class LoraInfo(Collector):
             [str(self._slots), ",".join(sorted(running)[:MAX_LABELS]), ",".join(sorted(waiting)[:MAX_LABELS])], 1
         )
         yield gauge
+
+
+class GenerationState(Collector):
+    """What the batcher does, read when somebody looks."""
+
+    def __init__(self, batcher: "Batcher") -> None:
+        self._batcher = batcher
+
+    def collect(self) -> Iterable[Metric]:
+        """Gauges of what runs, waits and is held; counters of what was done."""
+        batcher = self._batcher
+        done, pool = batcher.counters, batcher.pool
+        yield _gauge("running_sequences", "texts being generated", len(batcher.running))
+        yield _gauge("waiting_sequences", "texts that wait for KV memory or their turn", len(batcher.waiting))
+        yield _gauge("kv_pages_held", "KV pages in use", pool.num_held)
+        yield _gauge("kv_pages", "KV pages in all", pool.num_pages)
+        yield _gauge("kv_bytes", "memory for keys and values", pool.num_pages * batcher.decoder.memory.page_bytes)
+        yield _counter("generation_steps", "forward passes that generate", done.steps)
+        yield _counter("generation_step_tokens", "tokens computed in them, prompts included", done.tokens)
+        yield _counter("generation_step_seconds", "time of those steps", done.step_s)
+        yield _counter("generation_forward_seconds", "time of the model in them", done.forward_s)
+        yield _counter("preemptions", "texts that gave their KV memory up and were computed again", done.preemptions)
+        yield _counter("cached_prompt_tokens", "prompt tokens found in the prefix cache", done.cached_tokens)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"espalier_{name}", text, value=value)
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(f"espalier_{name}", text, value=value)
 
 
 def _powers(count: int) -> tuple[float, ...]:

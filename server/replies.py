@@ -114,10 +114,18 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
     if first["loc"] == ("body",) and not _says_json(request):
         return _error(request, 415, "unsupported_media_type", "send JSON with 'content-type: application/json'")
     where = [part for part in first["loc"] if part != "body"]
-    param = ".".join(map(str, where))
-    detail = f"{param or 'body'}: {first['msg'].removeprefix('Value error, ')}"
+    param, said = ".".join(map(str, where)), first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        said, param = "no such field", ", ".join(_unknown(error))
+    detail = f"{param or 'body'}: {said}"
     index = where[1] if len(where) > 1 and where[0] == "inputs" and isinstance(where[1], int) else None
     return _error(request, 422, "invalid_request", detail, index=index, param=_printable(param))
+
+
+def _unknown(error: RequestValidationError) -> list[str]:
+    """All fields that nobody knows, so that a client is not told one after the other."""
+    found = [one["loc"][1:] for one in error.errors() if one["type"] == "extra_forbidden"]
+    return [".".join(map(str, where)) for where in found]
 
 
 def _says_json(request: Request) -> bool:

@@ -37,8 +37,8 @@ class Composition(BaseModel):
     adapters: list[ComposedAdapter]
 
 
-class Output(BaseModel):
-    """The answer to one row."""
+class Labelled(BaseModel):
+    """The answer to one row by a head."""
 
     task: str
     label: str
@@ -47,10 +47,20 @@ class Output(BaseModel):
     composition: Composition
 
 
+class Written(BaseModel):
+    """The answer to one row with text."""
+
+    task: str | None
+    text: str
+    finish_reason: Literal["stop", "length"]
+    composition: Composition
+
+
 class Usage(BaseModel):
     """What a call cost in tokens."""
 
     input_tokens: int
+    output_tokens: int | None = Field(None, description="of generated texts")
 
 
 class Timing(BaseModel):
@@ -65,7 +75,7 @@ class Inferred(BaseModel):
 
     id: str
     backbone: str
-    outputs: list[Output]
+    outputs: list[Labelled | Written]
     usage: Usage
     timing: Timing
 

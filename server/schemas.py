@@ -37,11 +37,20 @@ class Input(_Strict):
             raise ValueError(
                 f"give exactly one of task, tasks, mix, adapters; this input has {' and '.join(tags) or 'none'}"
             )
-        if tags[0] in ("mix", "adapters") and self.head is None:
-            raise ValueError(f"'{tags[0]}' needs 'head': the task (or adapter) whose labels answer")
         if tags[0] == "tasks" and self.head is not None:
             raise ValueError("'tasks' answers each task with its own head; leave 'head' out")
         return self
+
+
+class TextOptions(_Strict):
+    """How tasks that answer with text are generated. The default is greedy: the same question, the same answer."""
+
+    max_tokens: int | None = Field(None, ge=1, description="tokens of a text; if not given, as the task was trained")
+    temperature: float = Field(0.0, ge=0, le=100, description="0 takes the likeliest token")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: off")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field([], max_length=16)
 
 
 class Options(_Strict):
@@ -52,6 +61,7 @@ class Options(_Strict):
     temperature: Temperature | None = Field(None, description="divides the evidence")
     threshold: float | None = Field(None, ge=0, le=1, description="relative gate: drop weights below it x the largest")
     explain: bool = Field(False, description="also tell the weight of each layer")
+    text: TextOptions = Field(TextOptions(), description="of tasks that answer with text")
 
 
 class InferRequest(_Strict):

@@ -23,8 +23,11 @@ from server.catalog import Catalog
 from server.compose import Composer
 from server.config import Settings
 from server.engine import Engine
+from server.generation.batcher import Batcher
+from server.generation.decoder import Decoder
+from server.generation.generator import Generator
 from server.leases import Lease
-from server.metrics import LoraInfo, Metrics
+from server.metrics import GenerationState, LoraInfo, Metrics
 from server.residency import Residency
 from server.scheduler import Scheduler
 
@@ -41,14 +44,29 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.store = AdapterStore(settings.store)
-        self.backbone = served or backbone.load(settings.backbone, settings.dtype, settings.device)
+        self.backbone = served or backbone.load(
+            settings.backbone, settings.dtype, settings.device, generate=settings.generate
+        )
         self.catalog = Catalog()
-        self.composer = Composer(self.backbone.encoder.num_layers, settings.max_adapters)
         self.engine = Engine(self.backbone.encoder, settings.threads)
+        self.generator = self._make_generator()
+        generates = self.generator is not None
+        self.composer = Composer(self.backbone.encoder.num_layers, settings.max_adapters, generates=generates)
         self.unready: str | None = "starting"
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="worker")
         self._changing = asyncio.Lock()
         self._polling: asyncio.Task[None] | None = None
+
+    def _make_generator(self) -> Generator | None:
+        """None for a backbone that does not generate."""
+        settings, language = self.settings, self.backbone.language
+        if language is None:
+            return None
+        decoder = Decoder(language, kv_bytes=settings.kv_mb * 2**20, max_length=settings.max_length)
+        batcher = Batcher(decoder, step_tokens=settings.step_tokens, max_sequences=settings.max_sequences)
+        self.metrics.registry.register(GenerationState(batcher))
+        end_ids = self.backbone.end_ids
+        return Generator(self.engine, batcher, self.metrics, end_ids=end_ids, queue_tokens=settings.queue_tokens)
 
     async def start(self) -> None:
         """Read the store, warm up, load what is served and check its golden examples."""
@@ -159,11 +177,15 @@ class Service:
         """Finish what was admitted, within the drain time, then let go of everything."""
         self.unready = "draining"
         start = time.monotonic()
-        finished = await self.scheduler.drain(self.settings.drain_s)
+        drains = [self.scheduler.drain(self.settings.drain_s)]
+        drains += [self.generator.drain(self.settings.drain_s)] if self.generator else []
+        finished = all(await asyncio.gather(*drains))
         logs.note(log, "drained", finished=finished, seconds=time.monotonic() - start)
         if self._polling:
             self._polling.cancel()
         self.scheduler.stop()
+        if self.generator:
+            self.generator.stop()
         await asyncio.get_running_loop().run_in_executor(None, self.engine.close)
         self.residency.close()
         self._workers.shutdown(wait=False, cancel_futures=True)

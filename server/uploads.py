@@ -8,12 +8,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from adapters_store import exchange, peft_format
 from adapters_store.adapter import Adapter
 from adapters_store.errors import BackboneMismatchError, ConflictError, FormatError
-from adapters_store.manifest import GoldenExample, Manifest
+from adapters_store.manifest import GenerationSpec, GoldenExample, Manifest
 from adapters_store.references import check_alias, check_name
 from adapters_store.tensors import TensorLimits, read_tensors
 from server import golden
@@ -47,13 +47,22 @@ class Candidate:
     provenance: dict[str, Any]
     metrics: dict[str, float]
     golden: tuple[GoldenExample, ...]
+    generation: GenerationSpec | None = None
 
 
 class _Example(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     text: str
-    logits: list[float]
+    logits: list[float] = []
+    completion: str | None = None
+    logprobs: list[float] = []
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> "_Example":
+        if bool(self.logits) == (self.completion is not None) or bool(self.logprobs) != (self.completion is not None):
+            raise ValueError("an example has 'logits', or 'completion' with 'logprobs'")
+        return self
 
 
 async def publish(service: Service, upload: Upload) -> dict[str, Any]:
@@ -123,6 +132,7 @@ def _read_ours(service: Service, files: dict[str, bytes]) -> Candidate:
         dict(uploaded.provenance),
         dict(uploaded.metrics),
         examples,
+        uploaded.generation,
     )
 
 
@@ -133,9 +143,12 @@ def _examples(files: dict[str, bytes]) -> tuple[GoldenExample, ...]:
         if len(lines) > MAX_EXAMPLES:
             raise FormatError(f"examples.jsonl has {len(lines)} lines, at most {MAX_EXAMPLES} are run")
         parsed = [_Example.model_validate(json.loads(line)) for line in lines]
-        return tuple(GoldenExample(text=one.text, logits=tuple(one.logits)) for one in parsed)
+        return tuple(GoldenExample.model_validate(one.model_dump()) for one in parsed)
     except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, or not this JSON
-        raise FormatError('examples.jsonl needs {"text": "…", "logits": [0.1, …]} on each line') from error
+        raise FormatError(
+            'examples.jsonl needs {"text": "…", "logits": [0.1, …]} on each line, '
+            'or {"text": "…", "completion": "…", "logprobs": [-0.1, …]} for text'
+        ) from error
 
 
 def _publish(service: Service, upload: Upload, candidate: Candidate) -> Manifest:
@@ -143,6 +156,7 @@ def _publish(service: Service, upload: Upload, candidate: Candidate) -> Manifest
         candidate.adapter, name=upload.name, task=upload.task, kind=candidate.kind,
         backbone=service.backbone.fingerprint, hyperparameters=candidate.hyperparameters, metrics=candidate.metrics,
         provenance=candidate.provenance | {"uploaded_by": upload.actor}, golden=candidate.golden, alias=upload.alias,
+        generation=candidate.generation,
         actor=upload.actor,
     )  # fmt: skip
 

@@ -1,0 +1,149 @@
+"""Attention over pages of keys and values: the function that the backbone's layers call while a step runs.
+
+Single tokens of decoding sequences go through one call for all of them; `attend_rows` is the specification, and serves
+where there is no kernel on the CPU; `attend_padded` is the batched torch form. Longer chunks of prompts go one by one
+through torch's fused attention, over their sequence's pages gathered.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adapters_store.packing import Scoring, capped
+from server.generation.pages import PAGE
+from server.generation.plan import Chunk, Plan
+
+
+class KVMemory:
+    """Keys and values of every layer in pages; a layer's tensors are made when it is first written to."""
+
+    def __init__(self, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.num_pages, self.dtype, self.device = num_pages, dtype, device
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (pages, kv_heads, PAGE, d) and values (pages, kv_heads, PAGE, d_v) of a layer.
+
+        key: (kv_heads, …, d) and value: (kv_heads, …, d_v) tell the shapes. Memory that is not written to costs
+        nothing on most systems: it is zeros that were never touched.
+        """
+        if index not in self.layers:
+            self.layers[index] = (self._pages(key), self._pages(value))
+        return self.layers[index]
+
+    def _pages(self, like: Tensor) -> Tensor:
+        shape = (self.num_pages, like.shape[0], PAGE, like.shape[-1])
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    @property
+    def page_bytes(self) -> int:
+        """Memory of one page, in all layers."""
+        return sum(part[0].nbytes for layer in self.layers.values() for part in layer)
+
+
+class PagedAttention:
+    """What packing.attending runs during one step."""
+
+    def __init__(self, memory: KVMemory, plan: Plan) -> None:
+        self._memory, self._plan = memory, plan
+
+    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+        """See packing.Attend; the new keys and values are kept."""
+        layer: Any = module.layer_idx
+        keys, values = self._memory.layer(int(layer), key, value)
+        store(keys, key, self._plan.places)
+        store(values, value, self._plan.places)
+        pieces, start = [], self._plan.num_singles
+        if start:
+            singles = query[:, :start].transpose(0, 1)
+            pieces.append(attend_rows(singles, keys, values, self._plan.tables, self._plan.lengths, scoring))
+        for chunk in self._plan.chunks[start:]:
+            tokens = slice(start, start + chunk.count)
+            pieces.append(
+                self._chunk(chunk, query[:, tokens], key[:, tokens], value[:, tokens], (keys, values), scoring)
+            )
+            start += chunk.count
+        return torch.cat(pieces)
+
+    def _chunk(
+        self, chunk: Chunk, query: Tensor, key: Tensor, value: Tensor, layer: tuple[Tensor, Tensor], scoring: Scoring
+    ) -> Tensor:
+        """(count, heads, d_v) of a chunk: causal behind whatever its sequence has in pages."""
+        if chunk.past:
+            pages = self._plan.pages(chunk)
+            key, value = (gathered(part, pages)[:, : chunk.end] for part in layer)
+        return attend_chunk(query, key, value, scoring).transpose(0, 1)
+
+
+def store(pages: Tensor, new: Tensor, places: Tensor) -> None:
+    """Write new (kv_heads, tokens, d) into pages (pages, kv_heads, PAGE, d) at places (tokens,)."""
+    pages[places // PAGE, :, places % PAGE] = new.transpose(0, 1)
+
+
+def gathered(pages: Tensor, table: Tensor) -> Tensor:
+    """(kv_heads, tokens, d) of the pages (n,) of one sequence, side by side."""
+    found = pages.index_select(0, table)  # (n, kv_heads, PAGE, d)
+    return found.transpose(0, 1).reshape(found.shape[1], -1, found.shape[-1])
+
+
+def attend_chunk(query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
+    """Causal attention of the last tokens of a sequence to all of it, as softmax(scale q k^T) v.
+
+    query: (heads, count, d) of the last `count` tokens; key, value: (kv_heads, length, d). Returns (heads, count, d_v).
+    """
+    count, length = query.shape[1], key.shape[1]
+    is_plain = count == length and (scoring.window is None or scoring.window >= length)
+    mask = None if is_plain and scoring.softcap is None else _visible(count, length, scoring.window, query.device)
+    if scoring.softcap is not None:
+        return capped(query, key, value, mask, scoring)
+    return F.scaled_dot_product_attention(
+        query[None], key[None], value[None], attn_mask=mask, is_causal=is_plain and count > 1, scale=scoring.scale,
+        enable_gqa=query.shape[0] != key.shape[0],
+    )[0]  # fmt: skip
+
+
+def _visible(count: int, length: int, window: int | None, device: torch.device) -> Tensor:
+    """(count, length) True where a token looks: not ahead, and less than a window back."""
+    apart = torch.arange(length - count, length, device=device)[:, None] - torch.arange(length, device=device)
+    return (apart >= 0) & (apart < (window or length))
+
+
+def attend_rows(
+    query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, scoring: Scoring
+) -> Tensor:
+    """Row by row: each new token's attention to its own sequence.
+
+    query: (rows, heads, d); keys, values: (pages, kv_heads, PAGE, d); tables: (rows, most pages); lengths: (rows,) with
+    the new token. Returns (rows, heads, d_v).
+    """
+    mixed = []
+    for row, length in enumerate(lengths.tolist()):
+        table = tables[row, : -(-length // PAGE)]
+        key, value = (gathered(part, table)[:, :length] for part in (keys, values))
+        mixed.append(attend_chunk(query[row][:, None], key, value, scoring)[:, 0])
+    return torch.stack(mixed)
+
+
+def attend_padded(
+    query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, scoring: Scoring
+) -> Tensor:
+    """The same in one batch, all rows padded to the longest: for devices where a loop over rows costs more."""
+    rows, heads, _ = query.shape
+    key, value = (_gathered_rows(part, tables) for part in (keys, values))  # (rows, kv_heads, longest, d)
+    at = torch.arange(key.shape[2], device=query.device)
+    apart = lengths[:, None] - 1 - at  # (rows, longest)
+    seen = (apart >= 0) & (apart < (scoring.window or key.shape[2]))
+    groups = query.reshape(rows, key.shape[1], heads // key.shape[1], -1)  # heads that share keys as more queries
+    mask = seen[:, None, None]
+    if scoring.softcap is not None:
+        mixed = capped(groups, key, value, mask, scoring)
+    else:
+        mixed = F.scaled_dot_product_attention(groups, key, value, attn_mask=mask, scale=scoring.scale)
+    return mixed.reshape(rows, heads, -1)
+
+
+def _gathered_rows(pages: Tensor, tables: Tensor) -> Tensor:
+    found = pages[tables]  # (rows, n, kv_heads, PAGE, d)
+    return found.transpose(1, 2).reshape(found.shape[0], found.shape[2], -1, found.shape[-1])

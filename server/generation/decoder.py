@@ -1,0 +1,154 @@
+"""A causal backbone that runs steps: some tokens of many sequences in one forward, keys and values kept in pages.
+
+Packed where the family's attention can be replaced, else padded; which of the two, and whether at all, is found out
+when the decoder is made: chunked and mixed steps must give the logits of plain forwards without any cache. A family
+that cannot be right is refused by name.
+"""
+
+import inspect
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters_store.errors import UnsupportedError
+from adapters_store.language import LanguageModel
+from adapters_store.mixing import Mix, MixedBatch
+from adapters_store.packing import PACKED, attending
+from server.generation.attention import KVMemory, PagedAttention
+from server.generation.padded import PagedCache, groups_of
+from server.generation.pages import PAGE, PagePool, pages_for
+from server.generation.plan import Chunk, Plan
+from server.generation.sampling import Draw, Sampling
+from server.generation.sequence import TokenSequence
+
+_PROBE_LENGTHS = (21, 5, 37)  # over, within and at the border of pages
+_FAILURES = (ValueError, RuntimeError, IndexError, TypeError, KeyError, AttributeError, NotImplementedError)
+
+
+class Decoder:
+    """Runs plans on one backbone. Not thread-safe: it lives on the engine's thread."""
+
+    def __init__(self, language: LanguageModel, *, kv_bytes: int, max_length: int | None = None) -> None:
+        """kv_bytes: memory for keys and values; max_length: longest sequence, prompt and output, in tokens.
+
+        Raises UnsupportedError for a family that cannot be served right, ValueError for too little memory.
+        """
+        self.language = language
+        self.encoder = language.encoder
+        config: Any = self.encoder.model.config
+        self._accepts = set(inspect.signature(self.encoder.model.forward).parameters)
+        self.is_packed = config._attn_implementation == PACKED  # noqa: SLF001  # no public way to ask
+        self._last: tuple[list[tuple[int, Mix | None]], MixedBatch] | None = None
+        self.forward_s = 0.0  # spent in the model, in all
+        self.memory = self._probed(config)
+        num_pages = kv_bytes // self.memory.page_bytes
+        self.max_length = min(max_length or self.encoder.max_length, self.encoder.max_length, num_pages * PAGE)
+        if self.max_length < PAGE:
+            raise ValueError(
+                f"{kv_bytes} bytes of KV memory are {num_pages} pages of {PAGE} tokens "
+                f"({self.memory.page_bytes} bytes each): too few for any request"
+            )
+        self.memory = self._memory(num_pages)
+
+    @property
+    def num_embeddings(self) -> int:
+        """Token ids that the model can read: 0 to this, exclusive."""
+        model: Any = self.encoder.model
+        return int(model.get_input_embeddings().weight.shape[0])
+
+    def _memory(self, num_pages: int) -> KVMemory:
+        return KVMemory(num_pages, self.encoder.dtype, self.encoder.device)
+
+    @torch.no_grad()
+    def forward(self, plan: Plan) -> Tensor:
+        """(choosing, vocab_size) float32: logits behind the last token of each chunk that is its sequence's last."""
+        start = time.perf_counter()
+        run = self._packed if self.is_packed else self._padded
+        hidden = run(plan)
+        rows = torch.tensor(plan.choosing, device=hidden.device)
+        logits = self.language.logits(hidden.index_select(0, rows)) if plan.choosing else hidden.new_zeros(0, 1).float()
+        self.forward_s += time.perf_counter() - start
+        return logits
+
+    def _packed(self, plan: Plan) -> Tensor:
+        """(tokens, d) hidden states in one forward."""
+        batch = self._batch(plan.rows)
+        with self.encoder.sites.mixing(batch), attending(PagedAttention(self.memory, plan)):
+            positions = plan.positions[None] + self.encoder.first_position
+            return self._model(input_ids=plan.ids[None], position_ids=positions, use_cache=False)
+
+    def _batch(self, rows: list[tuple[int, Mix | None]]) -> MixedBatch:
+        """The batch of these rows; the last step's, with all that was worked out about it, if they are the same."""
+        if self._last and len(rows) == len(self._last[0]):
+            known, batch = self._last
+            if all(a[0] == b[0] and a[1] is b[1] for a, b in zip(rows, known, strict=True)):
+                return batch
+        batch = MixedBatch.of(rows, self.encoder.num_layers, self.encoder.device)
+        self._last = (rows, batch)
+        return batch
+
+    def _padded(self, plan: Plan) -> Tensor:
+        """The same in a forward for all single tokens, and one for each longer chunk."""
+        return torch.cat([self._padded_group(group) for group in groups_of(plan.chunks, plan.num_singles)])
+
+    def _padded_group(self, chunks: list[Chunk]) -> Tensor:
+        cache = PagedCache(self.memory, chunks)
+        ids = [chunk.sequence.ids[chunk.past : chunk.end] for chunk in chunks]
+        inputs = {"input_ids": torch.tensor(ids, device=self.encoder.device), "attention_mask": cache.attention_mask}
+        if "position_ids" in self._accepts:
+            inputs["position_ids"] = cache.position_ids
+        batch = self._batch([(chunk.count, chunk.sequence.mix) for chunk in chunks])
+        with self.encoder.sites.mixing(batch):
+            return self._model(**inputs, past_key_values=cache, use_cache=True)
+
+    def _model(self, **inputs: Any) -> Tensor:
+        """(tokens, d), rows side by side."""
+        model: Any = self.encoder.model
+        hidden: Tensor = model(**inputs).last_hidden_state
+        return hidden.flatten(0, 1)
+
+    def _probed(self, config: Any) -> KVMemory:
+        """Memory as the probe left it, which tells the size of a page. Raises UnsupportedError."""
+        family = f"{type(self.language.model).__name__} ({config.model_type})"
+        self.memory = self._memory(sum(pages_for(length) for length in _PROBE_LENGTHS))
+        try:
+            apart = max(self._probe(), default=float("inf"))
+        except _FAILURES as error:
+            raise UnsupportedError(f"{family} cannot generate here: {type(error).__name__}: {error}") from error
+        tolerance = 5e-5 if self.encoder.dtype == torch.float32 else 0.05
+        if not apart <= tolerance or not self.memory.layers:
+            raise UnsupportedError(
+                f"{family} cannot generate here: step by step its logits are off by {apart:.2g} of the largest "
+                "(it keeps a state other than keys and values, or attends in a way of its own)"
+            )
+        return self.memory
+
+    def _probe(self) -> list[float]:
+        """Differences between steps and plain forwards, relative to the largest logit."""
+        pool, vocab = PagePool(self.memory.num_pages), self.language.vocab_size
+        apart, sequences = [], []
+        for n, length in enumerate(_PROBE_LENGTHS):
+            ids = [(7 * i + 13 * n + 11) % (vocab - 2) + 1 for i in range(length)]
+            sequence = TokenSequence(ids, None, Draw(Sampling(), ids, vocab), max_tokens=1)
+            sequence.pages = pool.take(pages_for(length)) or []
+            sequences.append(sequence)
+        for counts in ((16, 0, 9), (3, 5, 1), (1, 0, 26), (1, 0, 1)):  # chunks, single tokens, both at once
+            chunks = [Chunk(s, s.computed, n) for s, n in zip(sequences, counts, strict=True) if n]
+            plan = Plan(chunks, self.encoder.device)
+            logits = self.forward(plan)
+            for chunk in chunks:
+                chunk.sequence.computed = chunk.end
+            ended = [chunk.sequence for chunk in plan.chunks if chunk.is_last]
+            apart += self._differences(logits, ended)
+        return apart
+
+    def _differences(self, logits: Tensor, ended: Sequence[TokenSequence]) -> list[float]:
+        with torch.no_grad():
+            expected = [self.language.logits(self.encoder.states([s.ids], [None])[0][-1:])[0] for s in ended]
+        return [
+            float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1.0))
+            for found, wanted in zip(logits, expected, strict=True)
+        ]
