@@ -17,7 +17,10 @@ from server.generation.plan import Chunk, Plan
 
 
 class KVMemory:
-    """Keys and values of every layer in pages; a layer's tensors are made when it is first written to."""
+    """Keys and values of every layer in pages; a layer's tensors are made when it is first written to.
+
+    Memory that is not written to costs nothing on most systems: it is zeros that were never touched.
+    """
 
     def __init__(self, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
         self.num_pages, self.dtype, self.device = num_pages, dtype, device
@@ -26,8 +29,7 @@ class KVMemory:
     def layer(self, index: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (pages, kv_heads, PAGE, d) and values (pages, kv_heads, PAGE, d_v) of a layer.
 
-        key: (kv_heads, …, d) and value: (kv_heads, …, d_v) tell the shapes. Memory that is not written to costs
-        nothing on most systems: it is zeros that were never touched.
+        key: (kv_heads, …, d) and value: (kv_heads, …, d_v) tell the shapes.
         """
         if index not in self.layers:
             self.layers[index] = (self._pages(key), self._pages(value))
@@ -36,6 +38,13 @@ class KVMemory:
     def _pages(self, like: Tensor) -> Tensor:
         shape = (self.num_pages, like.shape[0], PAGE, like.shape[-1])
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def resized(self, num_pages: int) -> "KVMemory":
+        """Empty memory of so many pages for the same layers."""
+        memory = KVMemory(num_pages, self.dtype, self.device)
+        for index, (keys, values) in self.layers.items():
+            memory.layer(index, keys[0], values[0])
+        return memory
 
     @property
     def page_bytes(self) -> int:

@@ -51,16 +51,13 @@ class Decoder:
                 f"{kv_bytes} bytes of KV memory are {num_pages} pages of {PAGE} tokens "
                 f"({self.memory.page_bytes} bytes each): too few for any request"
             )
-        self.memory = self._memory(num_pages)
+        self.memory = self.memory.resized(num_pages)
 
     @property
     def num_embeddings(self) -> int:
         """Token ids that the model can read: 0 to this, exclusive."""
         model: Any = self.encoder.model
         return int(model.get_input_embeddings().weight.shape[0])
-
-    def _memory(self, num_pages: int) -> KVMemory:
-        return KVMemory(num_pages, self.encoder.dtype, self.encoder.device)
 
     @torch.no_grad()
     def forward(self, plan: Plan) -> Tensor:
@@ -113,7 +110,8 @@ class Decoder:
     def _probed(self, config: Any) -> KVMemory:
         """Memory as the probe left it, which tells the size of a page. Raises UnsupportedError."""
         family = f"{type(self.language.model).__name__} ({config.model_type})"
-        self.memory = self._memory(sum(pages_for(length) for length in _PROBE_LENGTHS))
+        num_pages = sum(pages_for(length) for length in _PROBE_LENGTHS)
+        self.memory = KVMemory(num_pages, self.encoder.dtype, self.encoder.device)
         try:
             apart = max(self._probe(), default=float("inf"))
         except _FAILURES as error:

@@ -1,0 +1,94 @@
+"""Every family generates what transformers' generate does, token for token, together with others; or is refused."""
+
+import random
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from adapters_store.errors import UnsupportedError
+from adapters_store.language import LanguageModel
+from server.generation.batcher import Batcher
+from server.generation.decoder import Decoder
+from tests.server.generation.decoding import decoder_of, finish, output, sequence
+from tests.server.generation.families import FAMILIES, PACKED, causal, greedy
+
+
+def prompts(seed: int, count: int = 8) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(3, 96) for _ in range(rng.randrange(1, 45))] for _ in range(count)]
+
+
+@cache
+def language(family: str) -> LanguageModel:
+    return LanguageModel(causal(family))
+
+
+@cache
+def expected(family: str) -> list[list[int]]:
+    model = causal(family)
+    return [greedy(model, prompt, 6 + 3 * i) for i, prompt in enumerate(prompts(0))]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("step_tokens", "pages"), [(512, 4096), (24, 7)], ids=["roomy", "tight"])
+def test_together_they_are_what_generate_gives_each_alone(family: str, step_tokens: int, pages: int) -> None:
+    batcher = Batcher(decoder_of(language(family), pages), step_tokens=step_tokens, max_sequences=6)
+    sequences = [sequence(prompt, 6 + 3 * i) for i, prompt in enumerate(prompts(0))]
+    late = sequences[4:]
+    for one in sequences[:4]:
+        batcher.add(one)
+
+    finish(batcher, lambda step: [batcher.add(one) for one in late] if step == 3 else None)
+
+    assert [output(one) for one in sequences] == expected(family)
+    assert len({token for row in expected(family) for token in row}) > 10, "the model does not repeat itself"
+    assert batcher.pool.num_held == 0
+    assert (batcher.counters.preemptions > 0) == (pages == 7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_which_way_a_family_goes(family: str) -> None:
+    assert Decoder(language(family), kv_bytes=2**20).is_packed == (family in PACKED)
+
+
+def test_a_family_with_another_state_is_refused_by_name() -> None:
+    config = AutoConfig.for_model("mamba", vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
+    model = LanguageModel(AutoModelForCausalLM.from_config(config))
+
+    with pytest.raises(UnsupportedError, match="MambaForCausalLM"):
+        Decoder(model, kv_bytes=2**20)
+
+
+def test_a_model_whose_logits_are_made_in_another_way_is_refused_by_name() -> None:
+    class Shifted(nn.Module):
+        def __init__(self, own: nn.Linear) -> None:
+            super().__init__()
+            self.own, self.weight = own, own.weight
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return self.own(hidden)
+
+    model = causal("llama")
+    model.get_output_embeddings = lambda: Shifted(nn.Linear(32, 97))
+
+    with pytest.raises(UnsupportedError, match="LlamaForCausalLM"):
+        LanguageModel(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_bfloat16_decodes_as_its_own_plain_forward(family: str) -> None:
+    model = LanguageModel(causal(family).to(torch.bfloat16))
+    batcher = Batcher(decoder_of(model, 64), step_tokens=32)
+    one = sequence(prompts(3, 1)[0], 20)
+    batcher.add(one)
+
+    finish(batcher)
+
+    with torch.no_grad():
+        logits = model.logits(model.encoder.states([one.ids], [None])[0])
+    best = logits.max(dim=-1).values
+    chosen = [float(best[at - 1] - logits[at - 1, one.ids[at]]) for at in range(one.num_prompt, len(one.ids))]
+    assert max(chosen) < 0.1 * float(logits.abs().max()), "each token is the best, or as good as rounding can tell"
