@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-TILE = 16  # tokens of a tile of the native kernel; TILE in primitives/lowrank.c
+TILE = 16  # tokens of a tile at most; what the kernel for GPUs works on
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,13 +33,14 @@ class Mix:
         """One adapter alone, at full weight everywhere."""
         return Mix((slot,), np.ones((1, num_layers), np.float32))
 
-    @property
+    @cached_property
     def key(self) -> tuple[tuple[int, ...], bytes | int]:
         """Equal for mixes that do the same; weights that are learned are compared by identity."""
         if isinstance(self.weights, Tensor):
             return self.slots, id(self.weights)
         return self.slots, np.asarray(self.weights, np.float32).tobytes()
 
+    @cached_property
     def pruned(self) -> "Mix":
         """The same without adapters whose weight is zero at all layers, in the order of slots; learned weights stay.
 
@@ -54,7 +55,7 @@ class Mix:
 
 def _enter(mix: Mix, index: dict[object, int], mixes: list[Mix]) -> int:
     """Where the mix stands among the distinct ones, entered if it is new; -1 if it does nothing."""
-    pruned = mix.pruned()
+    pruned = mix.pruned
     if not pruned.slots:
         return -1
     if pruned.key not in index:
@@ -122,8 +123,12 @@ class MixedBatch:
     @cached_property
     def pair_weight(self) -> Tensor:
         """(num_layers, pairs) float32 on `device`, contiguous."""
-        weights = [torch.as_tensor(mix.weights, dtype=torch.float32) for mix in self.mixes]
-        return torch.cat(weights).T.contiguous().to(self.device)
+        weights = [mix.weights for mix in self.mixes]
+        if any(isinstance(each, Tensor) for each in weights):
+            learned = torch.cat([torch.as_tensor(each, dtype=torch.float32) for each in weights])
+            return learned.T.contiguous().to(self.device)
+        fixed = np.concatenate(weights, dtype=np.float32)  # in a step that decodes, torch would take longer than a layer
+        return torch.from_numpy(np.ascontiguousarray(fixed.T)).to(self.device)
 
     @cached_property
     def is_learned(self) -> bool:

@@ -1,18 +1,12 @@
 """Builds, checks and calls lowrank.c and lowrank_bf16.c.
 
-The kernel is compiled once per machine with the C compiler at hand (half a second), kept in the user's cache folder
-under a digest of source, flags and processor, and checked against torch before it is used. Without a compiler, or on a
-GPU, or where the check fails, the torch forms serve; `status()` says which and why. ESPALIER_NATIVE=0 switches it off.
+The kernel is compiled once per machine (compiled.py, half a second) and checked against torch before it serves. Where
+there is no compiler, on a GPU, or where the check fails, the torch forms serve; `status()` says which and why.
 """
 
 import ctypes
 import functools
-import hashlib
-import os
 import platform
-import shutil
-import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapters_store.mixing import TILE, MixedBatch
+from adapters_store import compiled
+from adapters_store.mixing import Mix, MixedBatch
+from adapters_store.primitives.panels import Panels
 from adapters_store.primitives.two_layer import Pair
 
 MAX_RANK = 512  # as in lowrank.c
 _SOURCES = [Path(__file__).with_name(name) for name in ("lowrank.c", "lowrank_bf16.c")]
-_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared")
 
 
 @dataclass(frozen=True)
@@ -120,20 +115,28 @@ class Table:
         self.address = self._rows.ctypes.data
 
 
-class _Pointers:
-    """Addresses of a batch's tables; asking numpy for one costs more than the rest of a call, so once per batch."""
+class _Plan(ctypes.Structure):
+    """The C struct `plan`."""
+
+    _fields_ = [
+        ("num_panels", ctypes.c_int64),
+        ("num_threads", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("panels", "tokens", "groups", "uses")),
+    ]
+
+
+class _Prepared:
+    """A batch as the kernel takes it. Asking numpy for an address costs more than the rest of a call, so once here."""
 
     def __init__(self, batch: MixedBatch) -> None:
         weights = batch.pair_weight.detach().numpy()  # (num_layers, pairs)
-        self._kept = (batch.tiles, batch.mix_offset, batch.pair_slot, weights)
-        self.tables = (
-            self._kept[0].ctypes.data,
-            len(self._kept[0]),
-            self._kept[1].ctypes.data,
-            self._kept[2].ctypes.data,
-        )
+        threads = torch.get_num_threads()
+        panels = Panels.of(batch, threads)
+        self._kept = (weights, panels)
+        tables = (panels.panels, panels.tokens, panels.groups, panels.uses)
+        self._plan = _Plan(len(panels.panels) - 1, threads, *(table.ctypes.data for table in tables))
+        self.address = ctypes.addressof(self._plan)
         self.weights = [weights.ctypes.data + layer * weights.strides[0] for layer in range(len(weights))]
-        self.threads = torch.get_num_threads()
 
 
 def add(out: Tensor, x: Tensor, table: Table, batch: MixedBatch, layer: int) -> None:
@@ -141,71 +144,34 @@ def add(out: Tensor, x: Tensor, table: Table, batch: MixedBatch, layer: int) -> 
 
     x: (tokens, d_in), out: (tokens, d_out), unit stride in the last dimension. The table must reach batch.max_slot.
     """
-    pointers: _Pointers | None = batch.memo.get("native")
-    if pointers is None:
-        pointers = batch.memo["native"] = _Pointers(batch)
-    library = _load()[0]
-    function = getattr(library, _entry_points(library)[x.dtype])
-    function(
-        x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0), x.shape[1], out.shape[1],
-        *pointers.tables, pointers.weights[layer], table.address, pointers.threads,
+    prepared: _Prepared | None = batch.memo.get("native")
+    if prepared is None:
+        prepared = batch.memo["native"] = _Prepared(batch)
+    failed = _functions()[x.dtype](
+        prepared.address, x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0), x.shape[1], out.shape[1],
+        prepared.weights[layer], table.address,
     )  # fmt: skip
+    if failed:
+        raise MemoryError("no memory for the hidden states of a batch")
+
+
+@functools.cache
+def _functions() -> dict[torch.dtype, Any]:
+    """The kernel of each dtype."""
+    library = _load()[0]
+    return {dtype: getattr(library, name) for dtype, name in _entry_points(library).items()}
 
 
 @functools.cache
 def _load() -> tuple[Any, Status]:
     """The library and its status; built at the first call."""
-    if os.environ.get("ESPALIER_NATIVE", "1") == "0":
-        return None, Status(False, "switched off by ESPALIER_NATIVE=0; torch forms serve")
     try:
-        library = _open(_build())
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder to cache in
-        reason = getattr(error, "stderr", None) or error
-        return None, Status(False, f"not built, torch forms serve: {str(reason).strip()[:300]}")
+        library = _open(compiled.build("lowrank", _SOURCES))
+    except compiled.FAILURES as error:
+        return None, Status(False, f"not built, torch forms serve: {compiled.reason(error)}")
     if not _agrees_with_torch(library):
         return None, Status(False, "built, but its results differ from torch's; torch forms serve")
     return library, Status(True, f"native kernel for {platform.machine()}, checked against torch")
-
-
-def _build() -> Path:
-    """Path of the shared library, compiled if it is not in the cache."""
-    compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
-    if compiler is None:
-        raise OSError("no C compiler found (cc, gcc or clang)")
-    target = _cache_folder() / f"lowrank-{_digest(compiler)}.so"
-    if target.exists():
-        return target
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        built = Path(folder) / "lowrank.so"
-        try:
-            _compile(compiler, ["-fopenmp"], built)
-        except subprocess.CalledProcessError:  # a compiler without OpenMP: one thread
-            _compile(compiler, [], built)
-        built.replace(target)  # atomic: two processes may build at once
-    return target
-
-
-def _compile(compiler: str, extra: list[str], target: Path) -> None:
-    command = [compiler, *_FLAGS, *extra, "-o", str(target), *map(str, _SOURCES)]
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-
-
-def _cache_folder() -> Path:
-    own, usual = os.environ.get("ESPALIER_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(own) if own else Path(usual).expanduser() / "espalier"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _digest(compiler: str) -> str:
-    """Of all that decides the machine code; the processor too, because -march=native is per processor."""
-    cpuinfo = Path("/proc/cpuinfo")
-    processor = platform.processor() + platform.machine()
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        processor = "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-    parts = (*(source.read_text() for source in _SOURCES), compiler, " ".join(_FLAGS), processor)
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 @functools.cache
@@ -221,40 +187,37 @@ def _open(path: Path) -> Any:
     library.lowrank_pairs_bf16.restype = number
     for name in _entry_points(library).values():
         function = getattr(library, name)
-        function.restype = None
-        function.argtypes = [pointer, number, pointer, number, number, number,
-                             pointer, number, pointer, pointer, pointer, pointer, number]  # fmt: skip
+        function.restype = number
+        function.argtypes = [pointer, pointer, number, pointer, number, number, number, pointer, pointer]
     return library
 
 
 def _agrees_with_torch(library: Any) -> bool:
     """A small mixed case in odd sizes, each dtype, against plain torch."""
     generator = torch.Generator().manual_seed(0)
-    tokens, d_in, d_out = 37, 83, 101
-    tiles = np.array([(at, min(TILE, tokens - at), at // TILE % 2) for at in range(0, tokens, TILE)], np.int64)
+    d_in, d_out = 83, 101
+    mixes = [Mix((0,), np.array([[0.5]], np.float32)), Mix((0, 1), np.array([[-1.5], [0.25]], np.float32))]
+    rows = [(18, mixes[0]), (1, mixes[1]), (1, None), (1, mixes[0]), (2, mixes[1]), (14, mixes[1])]
+    batch = MixedBatch.of(rows, 1)
+    prepared = _Prepared(batch)
     factors = [(torch.randn(r, d_in, generator=generator), torch.randn(d_out, r, generator=generator)) for r in (3, 24)]
-    offset, slots = np.array([0, 1, 3], np.int64), np.array([0, 0, 1], np.int64)
-    weights = np.array([0.5, -1.5, 0.25], np.float32)
     for dtype, name in _entry_points(library).items():
         pairs = [NativePair.of(A, B, paired=name.endswith("_pairs")) for A, B in factors]
         bank = np.array([pair.row for pair in pairs], np.int64)
-        x = torch.randn(tokens, d_in, generator=generator).to(dtype)
-        out = torch.randn(tokens, d_out, generator=generator).to(dtype)
-        expected = out.float()
-        for start, length, mix in tiles.tolist():
-            rows = slice(start, start + length)
-            for pair in range(offset[mix], offset[mix + 1]):
-                A, B = factors[slots[pair]]
-                expected[rows] += float(weights[pair]) * (x[rows].float() @ A.mT @ B.mT)
-        getattr(library, name)(
-            x.data_ptr(), d_in, out.data_ptr(), d_out, d_in, d_out, tiles.ctypes.data, len(tiles),
-            offset.ctypes.data, slots.ctypes.data, weights.ctypes.data, bank.ctypes.data, 1,
+        x = torch.randn(batch.num_tokens, d_in, generator=generator).to(dtype)
+        out = torch.randn(batch.num_tokens, d_out, generator=generator).to(dtype)
+        deltas = torch.stack([x.float() @ A.mT @ B.mT for A, B in factors])  # (2, tokens, d_out)
+        weights = torch.zeros(len(rows), 2)  # (rows, 2)
+        for row, (_, mix) in enumerate(rows):
+            for slot, weight in zip(mix.slots, mix.weights, strict=True) if mix else ():
+                weights[row, slot] = float(weight[0])
+        per_token = weights.repeat_interleave(torch.tensor([length for length, _ in rows]), dim=0)  # (tokens, 2)
+        expected = out.float() + torch.einsum("ts,sto->to", per_token, deltas)
+        failed = getattr(library, name)(
+            prepared.address, x.data_ptr(), d_in, out.data_ptr(), d_out, d_in, d_out,
+            prepared.weights[0], bank.ctypes.data,
         )  # fmt: skip
-        if not torch.allclose(
-            out.float(),
-            expected,
-            rtol=2e-2 if dtype == torch.bfloat16 else 1e-4,
-            atol=0.5 if dtype == torch.bfloat16 else 1e-3,
-        ):
+        rtol, atol = (2e-2, 0.5) if dtype == torch.bfloat16 else (1e-4, 1e-3)
+        if failed or not torch.allclose(out.float(), expected, rtol=rtol, atol=atol):
             return False
     return True

@@ -1,8 +1,8 @@
 """Attention over pages of keys and values: the function that the backbone's layers call while a step runs.
 
-Single tokens of decoding sequences go through one call for all of them; `attend_rows` is the specification, and serves
-where there is no kernel on the CPU; `attend_padded` is the batched torch form. Longer chunks of prompts go one by one
-through torch's fused attention, over their sequence's pages gathered.
+Single tokens of decoding sequences go through one call for all of them: the native kernel on the CPU
+(native_attention.py), else `attend_rows`, which is the specification; `attend_padded` on other devices. Longer chunks
+of prompts go one by one through torch's fused attention, over their sequence's pages gathered.
 """
 
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapters_store.packing import Scoring, capped
+from server.generation import native_attention
 from server.generation.pages import PAGE
 from server.generation.plan import Chunk, Plan
 
@@ -62,19 +63,32 @@ class PagedAttention:
         """See packing.Attend; the new keys and values are kept."""
         layer: Any = module.layer_idx
         keys, values = self._memory.layer(int(layer), key, value)
-        store(keys, key, self._plan.places)
-        store(values, value, self._plan.places)
-        pieces, start = [], self._plan.num_singles
-        if start:
-            singles = query[:, :start].transpose(0, 1)
-            pieces.append(attend_rows(singles, keys, values, self._plan.tables, self._plan.lengths, scoring))
+        start = self._plan.num_singles
+        pieces = [self._singles(query[:, :start], key, value, keys, values, scoring)]
         for chunk in self._plan.chunks[start:]:
             tokens = slice(start, start + chunk.count)
             pieces.append(
                 self._chunk(chunk, query[:, tokens], key[:, tokens], value[:, tokens], (keys, values), scoring)
             )
             start += chunk.count
-        return torch.cat(pieces)
+        return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+
+    def _singles(
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, scoring: Scoring
+    ) -> Tensor:
+        """Keep all new keys and values; (singles, heads, d_v) of the tokens that are alone in their chunks."""
+        plan, start = self._plan, self._plan.num_singles
+        if not native_attention.supports(keys.dtype, keys.device):
+            store(keys, key, plan.places)
+            store(values, value, plan.places)
+            attend = attend_rows if keys.device.type == "cpu" else attend_padded
+            return attend(query.transpose(0, 1), keys, values, plan.tables, plan.lengths, scoring)
+        if start < plan.num_tokens:
+            native_attention.append(key[:, start:], value[:, start:], keys, values, plan.places[start:])
+        return native_attention.decode(
+            query, key[:, :start], value[:, :start], keys, values, plan.tables, plan.lengths,
+            scoring.scale, scoring.window, scoring.softcap,
+        )  # fmt: skip
 
     def _chunk(
         self, chunk: Chunk, query: Tensor, key: Tensor, value: Tensor, layer: tuple[Tensor, Tensor], scoring: Scoring
@@ -127,12 +141,12 @@ def attend_rows(
     query: (rows, heads, d); keys, values: (pages, kv_heads, PAGE, d); tables: (rows, most pages); lengths: (rows,) with
     the new token. Returns (rows, heads, d_v).
     """
-    mixed = []
+    mixed = [query.new_zeros(0, query.shape[1], values.shape[-1])]
     for row, length in enumerate(lengths.tolist()):
         table = tables[row, : -(-length // PAGE)]
         key, value = (gathered(part, table)[:, :length] for part in (keys, values))
-        mixed.append(attend_chunk(query[row][:, None], key, value, scoring)[:, 0])
-    return torch.stack(mixed)
+        mixed.append(attend_chunk(query[row][:, None], key, value, scoring)[None, :, 0])
+    return torch.cat(mixed)
 
 
 def attend_padded(

@@ -1,0 +1,480 @@
+/* One new token each of many sequences looks at its sequence's keys and values, which lie in pages:
+ *
+ *   out[row, h] = softmax(scale * query[h, row] . key[t]) value[t]   over the tokens t that the row sees
+ *
+ * One call serves one layer and all rows. Pages are read where they lie, once for all query heads of a key head, and
+ * values are fetched while keys are worked on and the next keys while values are: memory is the limit, not arithmetic.
+ *
+ * A row's sums run in one order, whatever the other rows, the numbers of its pages and the threads are, so its result
+ * is the same bit for bit. Arithmetic is float32; queries, keys, values and output are float32 or bfloat16.
+ * Plain C with GCC/Clang vector types; the sum of a vector's elements, ragged ends and products of bfloat16 pairs have a
+ * form of their own for AVX-512. Called through ctypes.
+ */
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#define WIDE 1
+#define LANES 16 /* floats of a register; vectors longer than that compilers take apart badly (10 times slower) */
+#define SUMS 16  /* vectors summed up side by side, all in registers */
+#else
+#define WIDE 0
+#define SUMS 8
+#ifdef __AVX__
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#endif
+#if WIDE && defined(__AVX512BF16__)
+#define PAIRS 1
+#else
+#define PAIRS 0
+#endif
+
+#define PAGE 16                    /* tokens of a page (pages.py) */
+#define BLOCK_PAGES 8              /* pages whose scores are made before their values are read */
+#define BLOCK (BLOCK_PAGES * PAGE) /* tokens of a block */
+#define GROUP 8                    /* query heads done together at most */
+#define MAX_D 1024                 /* longest head */
+#define TOGETHER 32                /* key heads of a task at most */
+#define SPACE (2 * GROUP * MAX_D / LANES) /* vectors that hold a task's queries and sums */
+
+#define VECTOR(n) __attribute__((vector_size(4 * (n)), aligned(4), may_alias))
+typedef float vec VECTOR(LANES);
+typedef int32_t ivec VECTOR(LANES);
+typedef uint32_t uvec VECTOR(LANES);
+typedef float four VECTOR(4);
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* One call. Strides count elements. tables: (rows, most), the pages of each row's sequence; lengths: (rows,).
+ * query: (heads, rows, d), key: (kv_heads, rows, d), value: (kv_heads, rows, d_v); key NULL: both are in pages already.
+ * keys: (pages, kv_heads, PAGE, d), values: (pages, kv_heads, PAGE, d_v), out: (rows, heads, d_v); heads: group * kv_heads.
+ * window, softcap: 0 for none. */
+typedef struct {
+    const char *query;
+    int64_t query_head, query_row;
+    const char *key;
+    int64_t key_head, key_row;
+    const char *value;
+    int64_t value_head, value_row;
+    char *keys, *values, *out;
+    int64_t pages, kv_heads, group, d, d_v;
+    const int64_t *tables;
+    int64_t most, rows;
+    const int64_t *lengths;
+    int64_t num_threads, window;
+    float scale, softcap;
+} call;
+
+/* ---- vectors. `half` is a constant wherever these are used: 0 for float32, 1 for bfloat16 ----
+ *
+ * A line is a vector of a query, key or value as it lies in memory: floats, or words of two bfloat16 neighbours, of
+ * which `low` and `high` are the floats. So nothing is shuffled to widen bfloat16, nor to round it again. */
+
+#define SIZE(half) ((half) ? 2 : 4)
+#define LINE(half) ((half) ? 2 * LANES : LANES) /* elements of a line */
+
+INLINE vec spread(float value) { return value - (vec){0}; }
+
+INLINE vec choose(ivec where, vec a, vec b) { return (vec)((where & (ivec)a) | (~where & (ivec)b)); }
+
+INLINE vec low(vec line) { return (vec)((uvec)line << 16); }
+
+INLINE vec high(vec line) { return (vec)((uvec)line & 0xffff0000); }
+
+/* The line's first `count` elements, zeros behind them; LINE of them is a plain load. */
+INLINE vec load(const int half, const char *from, int64_t count) {
+    if (count >= LINE(half)) return *(const vec *)from;
+#if WIDE
+    if (half) return (vec)_mm512_maskz_loadu_epi16((__mmask32)((1u << count) - 1), from);
+    return (vec)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
+#else
+    vec some = {0};
+    for (int64_t i = 0; i < count * SIZE(half) / 2; i++) memcpy((char *)&some + 2 * i, from + 2 * i, 2);
+    return some;
+#endif
+}
+
+/* The bits of x as bfloat16, to nearest and ties to even, in the high halves. */
+INLINE uvec rounded(vec x) {
+    uvec bits = (uvec)x;
+    return (uvec)choose(x == x, (vec)((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000), (vec)(bits | 0x400000));
+}
+
+/* ---- arithmetic ---- */
+
+/* exp(x) for x <= 0, within 2 units of the last place; 0 below -87, NaN of NaN. */
+INLINE vec exp_of(vec x) {
+    vec shifted = x * 1.44269504f + 12582912.0f; /* the integer nearest to x / ln 2 in the low bits */
+    vec n = shifted - 12582912.0f;
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    vec power = (vec)(((uvec)shifted + 127) << 23);
+    return choose(x < -87.0f, spread(0), p * power);
+}
+
+/* cap * tanh(x / cap) */
+INLINE vec capped(vec x, float cap) {
+    vec twice = x * (2.0f / cap);
+    vec e = exp_of(choose(twice > 0, -twice, twice));
+    vec size = cap * (1.0f - e) / (1.0f + e);
+    return choose(x > 0, size, -size);
+}
+
+INLINE float highest(vec x) {
+    float most = x[0];
+    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+INLINE float total(vec x) {
+    four parts[LANES / 4];
+    memcpy(parts, &x, sizeof x);
+    for (int i = 1; i < LANES / 4; i++) parts[0] += parts[i];
+    return (parts[0][0] + parts[0][1]) + (parts[0][2] + parts[0][3]);
+}
+
+#if WIDE
+/* Four vectors as one: element i of every four is the sum of vector i's elements in that lane. */
+INLINE __m512 four_in_lanes(const vec *x) {
+    __m512 a = (__m512)x[0], b = (__m512)x[1], c = (__m512)x[2], d = (__m512)x[3];
+    __m512d ab = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    __m512d cd = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    return _mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd), (__m512)_mm512_unpackhi_pd(ab, cd));
+}
+
+INLINE __m512 lanes_added(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+
+/* to[i] = the sum of the elements of x[i] */
+INLINE void totals(const vec *x, float *to) {
+    __m512 left = lanes_added(four_in_lanes(x), four_in_lanes(x + 4));
+    __m512 right = lanes_added(four_in_lanes(x + 8), four_in_lanes(x + 12));
+    _mm512_storeu_ps(to, lanes_added(left, right));
+}
+#else
+INLINE void totals(const vec *x, float *to) {
+    for (int i = 0; i < SUMS; i++) to[i] = total(x[i]);
+}
+#endif
+
+/* ---- scores ---- */
+
+INLINE vec add_product(const int half, vec sum, vec a, vec b) {
+    if (!half) return sum + a * b;
+#if PAIRS
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    return sum + low(a) * low(b) + high(a) * high(b);
+#endif
+}
+
+/* A page's scores[h][0:PAGE] of `heads` query heads (a constant, 1, 2 or 4); its values are fetched meanwhile.
+ * query: (heads, lines). */
+INLINE void score(const int half, const int heads, const vec *query, int64_t lines, const char *keys, int64_t d,
+                  float *scores, const char *fetch, int64_t fetch_bytes) {
+    const int at_once = SUMS / heads; /* keys */
+    for (int64_t j = 0; j < PAGE; j += at_once) {
+        vec sum[SUMS];
+        float sums[SUMS];
+        for (int s = 0; s < SUMS; s++) sum[s] = spread(0);
+        for (int64_t b = j * fetch_bytes; b < (j + at_once) * fetch_bytes; b += 64) __builtin_prefetch(fetch + b);
+        int64_t i = 0;
+        const vec *at = query;
+        for (; i + LINE(half) <= d; i += LINE(half), at++)
+            for (int k = 0; k < at_once; k++) {
+                vec key = load(half, keys + ((j + k) * d + i) * SIZE(half), LINE(half));
+                for (int h = 0; h < heads; h++)
+                    sum[h * at_once + k] = add_product(half, sum[h * at_once + k], key, at[h * lines]);
+            }
+        if (i < d)
+            for (int k = 0; k < at_once; k++) {
+                vec key = load(half, keys + ((j + k) * d + i) * SIZE(half), d - i);
+                for (int h = 0; h < heads; h++)
+                    sum[h * at_once + k] = add_product(half, sum[h * at_once + k], key, at[h * lines]);
+            }
+        totals(sum, sums);
+        for (int h = 0; h < heads; h++) memcpy(scores + h * BLOCK + j, sums + h * at_once, 4 * at_once);
+    }
+}
+
+INLINE void score_heads(const int half, int64_t heads, const vec *query, int64_t lines, const char *keys, int64_t d,
+                        float *scores, const char *fetch, int64_t fetch_bytes) {
+    int64_t h = 0;
+    for (; h + 4 <= heads; h += 4, fetch_bytes = 0)
+        score(half, 4, query + h * lines, lines, keys, d, scores + h * BLOCK, fetch, fetch_bytes);
+    for (; h + 2 <= heads; h += 2, fetch_bytes = 0)
+        score(half, 2, query + h * lines, lines, keys, d, scores + h * BLOCK, fetch, fetch_bytes);
+    if (h < heads) score(half, 1, query + h * lines, lines, keys, d, scores + h * BLOCK, fetch, fetch_bytes);
+}
+
+/* Scores of `pages` pages from token `begin` on become weights exp(score - max), 0 for tokens out of [start, end).
+ * most, sum: the head's max and the sum of its weights so far. Returns what earlier weights must be multiplied by. */
+static float weigh(float *scores, int64_t pages, int64_t begin, int64_t start, int64_t end, const call *c, float *most,
+                   vec *sum) {
+    static const int32_t lanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    int32_t first = (int32_t)(start - begin), last = (int32_t)(end - begin);
+    vec top = spread(*most);
+    for (int32_t i = 0; i < pages * PAGE; i += LANES) {
+        vec x = *(vec *)(scores + i) * c->scale;
+        if (c->softcap > 0) x = capped(x, c->softcap);
+        ivec token = *(const ivec *)lanes + i;
+        x = choose((token < first) | (token >= last), spread(-__builtin_inff()), x);
+        top = choose(x > top, x, top);
+        *(vec *)(scores + i) = x;
+    }
+    float before = *most;
+    *most = highest(top);
+    float fade = exp_of(spread(before - *most))[0];
+    *sum *= fade;
+    for (int32_t i = 0; i < pages * PAGE; i += LANES) {
+        vec weight = exp_of(*(vec *)(scores + i) - *most);
+        *(vec *)(scores + i) = weight;
+        *sum += weight;
+    }
+    return fade;
+}
+
+/* ---- values. Sums are floats: a line of bfloat16 has two vectors of them, its low and its high elements ---- */
+
+#define PARTS(half) ((half) ? 2 : 1)
+
+/* mixed[h][columns] += sum over tokens first..last of weights[h] * values[:, columns]; fetches `fetch` meanwhile.
+ * `heads` and `lines` are constants; `columns` is LINE * lines, or less at the ragged end of a value. */
+INLINE void mix(const int half, const int heads, const int lines, int64_t columns, const float *weights,
+                const char *values, int64_t first, int64_t last, int64_t d_v, vec *mixed, int64_t width,
+                const char *fetch, int64_t fetch_bytes) {
+    const int n = lines * PARTS(half);
+    vec sum[16];
+    for (int h = 0; h < heads; h++)
+        for (int v = 0; v < n; v++) sum[h * n + v] = mixed[h * width + v];
+    for (int64_t j = first; j < last; j++) {
+        for (int64_t b = j * fetch_bytes; b < (j + 1) * fetch_bytes; b += 64) __builtin_prefetch(fetch + b);
+        for (int i = 0; i < lines; i++) {
+            vec line = load(half, values + (j * d_v + LINE(half) * i) * SIZE(half), columns - LINE(half) * i);
+            for (int h = 0; h < heads; h++) {
+                vec *to = sum + h * n + i * PARTS(half);
+                to[0] += (half ? low(line) : line) * weights[h * BLOCK + j];
+                if (half) to[1] += high(line) * weights[h * BLOCK + j];
+            }
+        }
+    }
+    for (int h = 0; h < heads; h++)
+        for (int v = 0; v < n; v++) mixed[h * width + v] = sum[h * n + v];
+}
+
+/* One page, all columns, as many at a time as registers hold. */
+INLINE void mix_columns(const int half, const int heads, const float *weights, const char *values, int64_t first,
+                        int64_t last, int64_t d_v, vec *mixed, int64_t width, const char *fetch, int64_t fetch_bytes) {
+    const int room = SUMS / heads / PARTS(half);
+    int64_t c = 0;
+#define COLUMNS(LINES)                                                                                            \
+    for (; (room >= LINES || LINES == 1) && c + LINES * LINE(half) <= d_v; c += LINES * LINE(half)) {             \
+        mix(half, heads, LINES, LINES * LINE(half), weights, values + c * SIZE(half), first, last, d_v, mixed,    \
+            width, fetch, fetch_bytes);                                                                           \
+        mixed += LINES * PARTS(half);                                                                             \
+        fetch_bytes = 0; /* once is enough */                                                                     \
+    }
+    COLUMNS(8)
+    COLUMNS(4)
+    COLUMNS(2)
+    COLUMNS(1)
+    if (c < d_v)
+        mix(half, heads, 1, d_v - c, weights, values + c * SIZE(half), first, last, d_v, mixed, width, fetch,
+            fetch_bytes);
+}
+
+INLINE void mix_heads(const int half, int64_t heads, const float *weights, const char *values, int64_t first,
+                      int64_t last, int64_t d_v, vec *mixed, int64_t width, const char *fetch, int64_t fetch_bytes) {
+    int64_t h = 0;
+#define HEADS(N)                                                                                                  \
+    mix_columns(half, N, weights + h * BLOCK, values, first, last, d_v, mixed + h * width, width, fetch, fetch_bytes)
+    for (; h + 4 <= heads; h += 4, fetch_bytes = 0) HEADS(4);
+    for (; h + 2 <= heads; h += 2, fetch_bytes = 0) HEADS(2);
+    if (h < heads) HEADS(1);
+}
+
+/* ---- one row ---- */
+
+/* Key heads first..last of one row, and `heads` query heads of each from the `from`-th on, at most GROUP.
+ * lines: of a query; width: vectors of sums of a value. */
+typedef struct {
+    const call *c;
+    const int64_t *table;
+    int64_t row, first, last, from, heads, start, end, pages, lines, width;
+} task;
+
+/* What one key head's query heads have so far. */
+typedef struct {
+    vec sum[GROUP];
+    float most[GROUP];
+    vec *query, *mixed; /* (heads, lines), (heads, width) */
+} state;
+
+/* First token that a row sees. */
+INLINE int64_t first_seen(const call *c, int64_t row) {
+    int64_t start = c->window > 0 ? c->lengths[row] - c->window : 0;
+    return start > 0 ? start : 0;
+}
+
+INLINE char *page_at(const int half, char *pages, int64_t page, int64_t d, int64_t head, const call *c) {
+    return pages + (page * c->kv_heads + head) * PAGE * d * SIZE(half);
+}
+
+INLINE void append(const int half, const call *c, int64_t row, int64_t head) {
+    int64_t last = c->lengths[row] - 1, page = c->tables[row * c->most + last / PAGE];
+    char *key = page_at(half, c->keys, page, c->d, head, c) + last % PAGE * c->d * SIZE(half);
+    char *value = page_at(half, c->values, page, c->d_v, head, c) + last % PAGE * c->d_v * SIZE(half);
+    memcpy(key, c->key + (head * c->key_head + row * c->key_row) * SIZE(half), c->d * SIZE(half));
+    memcpy(value, c->value + (head * c->value_head + row * c->value_row) * SIZE(half), c->d_v * SIZE(half));
+}
+
+INLINE void begin(const int half, const task *t, int64_t head, state *s, vec *space) {
+    const call *c = t->c;
+    s->query = space;
+    s->mixed = space + t->heads * t->lines;
+    for (int64_t h = 0; h < t->heads; h++) {
+        int64_t query_head = head * c->group + t->from + h;
+        const char *from = c->query + (query_head * c->query_head + t->row * c->query_row) * SIZE(half);
+        for (int64_t i = 0; i < t->lines; i++)
+            s->query[h * t->lines + i] = load(half, from + (int64_t)sizeof(vec) * i, c->d - i * LINE(half));
+        for (int64_t v = 0; v < t->width; v++) s->mixed[h * t->width + v] = spread(0);
+        s->most[h] = -__builtin_inff();
+        s->sum[h] = spread(0);
+    }
+}
+
+/* The keys that are read after page p + i of a block that begins at page p: the next head's, or the next block's, or the
+ * next task's first. Only a hint: any address is right. */
+INLINE const char *keys_ahead(const int half, const task *t, int64_t head, int64_t p, int64_t i) {
+    const call *c = t->c;
+    if (head + 1 < t->last) return page_at(half, c->keys, t->table[p + i], c->d, head + 1, c);
+    int64_t page = p + i + BLOCK_PAGES, row = t->row + (t->last == c->kv_heads);
+    if (page < t->pages) return page_at(half, c->keys, t->table[page], c->d, t->first, c);
+    if (row == c->rows) return c->keys;
+    page = first_seen(c, row) / PAGE + i;
+    if (page * PAGE >= c->lengths[row]) return c->keys;
+    return page_at(half, c->keys, c->tables[row * c->most + page], c->d, t->last % c->kv_heads, c);
+}
+
+/* Pages p..p+count, at most BLOCK_PAGES, of one key head. */
+INLINE void attend_block(const int half, const task *t, int64_t head, int64_t p, int64_t count, state *s) {
+    const call *c = t->c;
+    float scores[GROUP * BLOCK];
+    for (int64_t i = 0; i < count; i++)
+        score_heads(half, t->heads, s->query, t->lines, page_at(half, c->keys, t->table[p + i], c->d, head, c), c->d,
+                    scores + i * PAGE, page_at(half, c->values, t->table[p + i], c->d_v, head, c), c->d_v * SIZE(half));
+    for (int64_t h = 0; h < t->heads; h++) {
+        float fade = weigh(scores + h * BLOCK, count, p * PAGE, t->start, t->end, c, s->most + h, s->sum + h);
+        for (int64_t v = 0; v < t->width; v++) s->mixed[h * t->width + v] *= fade;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        int64_t first = t->start - (p + i) * PAGE, last = t->end - (p + i) * PAGE; /* tokens of the page that are seen */
+        mix_heads(half, t->heads, scores + i * PAGE, page_at(half, c->values, t->table[p + i], c->d_v, head, c),
+                  first > 0 ? first : 0, last < PAGE ? last : PAGE, c->d_v, s->mixed, t->width,
+                  keys_ahead(half, t, head, p, i), c->d * SIZE(half));
+    }
+}
+
+/* out[0:d_v] = sums * scale */
+INLINE void finish(const int half, const vec *sums, float scale, char *out, int64_t d_v) {
+    for (int64_t i = 0; i < d_v; i += LINE(half), sums += PARTS(half)) {
+        vec line = sums[0] * scale;
+        if (half) line = (vec)((rounded(line) >> 16) | rounded(sums[1] * scale));
+        if (d_v - i >= LINE(half)) *(vec *)(out + i * SIZE(half)) = line;
+        else memcpy(out + i * SIZE(half), &line, (d_v - i) * SIZE(half));
+    }
+}
+
+/* Heads are done block by block side by side, so that memory is read in the order in which it lies. */
+INLINE void attend(const int half, const task *t) {
+    const call *c = t->c;
+    state states[TOGETHER];
+    vec space[SPACE];
+    int64_t size = t->heads * (t->lines + t->width);
+    for (int64_t head = t->first; head < t->last; head++)
+        begin(half, t, head, states + head - t->first, space + (head - t->first) * size);
+    for (int64_t p = t->start / PAGE; p < t->pages; p += BLOCK_PAGES) {
+        int64_t count = t->pages - p < BLOCK_PAGES ? t->pages - p : BLOCK_PAGES;
+        for (int64_t head = t->first; head < t->last; head++)
+            attend_block(half, t, head, p, count, states + head - t->first);
+    }
+    for (int64_t head = t->first; head < t->last; head++)
+        for (int64_t h = 0; h < t->heads; h++) {
+            const state *s = states + head - t->first;
+            char *out = c->out + ((t->row * c->kv_heads + head) * c->group + t->from + h) * c->d_v * SIZE(half);
+            finish(half, s->mixed + h * t->width, 1.0f / total(s->sum[h]), out, c->d_v);
+        }
+}
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Key heads of a task: what keeps in the first-level cache, or one where threads would else have nothing to do. */
+INLINE int64_t heads_together(const int half, const call *c) {
+    int64_t lines = (c->d + LINE(half) - 1) / LINE(half) + (c->d_v + LINE(half) - 1) / LINE(half) * PARTS(half);
+    int64_t fit = SPACE / 2 / (least(c->group, GROUP) * lines);
+    if (c->num_threads > 1 && c->rows < 4 * c->num_threads) return 1;
+    return fit < 1 ? 1 : least(least(fit, TOGETHER), c->kv_heads);
+}
+
+INLINE void attend_heads(const int half, const call *c, int64_t row, int64_t first, int64_t last) {
+    task t = {.c = c, .table = c->tables + row * c->most, .row = row, .first = first, .last = last,
+              .start = first_seen(c, row), .end = c->lengths[row], .pages = (c->lengths[row] + PAGE - 1) / PAGE,
+              .lines = (c->d + LINE(half) - 1) / LINE(half),
+              .width = (c->d_v + LINE(half) - 1) / LINE(half) * PARTS(half)};
+    for (int64_t head = first; c->key && head < last; head++) append(half, c, row, head);
+    for (t.from = 0; t.from < c->group; t.from += GROUP) {
+        t.heads = least(c->group - t.from, GROUP);
+        attend(half, &t);
+    }
+}
+
+/* Whether all that will be read is there: a wrong page would be another sequence's, or nobody's memory. */
+static int is_sound(const call *c) {
+    if (c->d > MAX_D || c->d_v > MAX_D) return 0;
+    for (int64_t row = 0; row < c->rows; row++) {
+        int64_t length = c->lengths[row];
+        if (length < 1 || length > c->most * PAGE) return 0;
+        for (int64_t p = 0; p * PAGE < length; p++) {
+            int64_t page = c->tables[row * c->most + p];
+            if (page < 0 || page >= c->pages) return 0;
+        }
+    }
+    return 1;
+}
+
+#define DECODE(NAME, HALF)                                                                                        \
+    int64_t NAME(const call *c) {                                                                                 \
+        if (!is_sound(c)) return 0;                                                                               \
+        int64_t n = heads_together(HALF, c), parts = (c->kv_heads + n - 1) / n;                                   \
+        _Pragma("omp parallel for schedule(dynamic) num_threads(c->num_threads) if(c->num_threads > 1)")          \
+        for (int64_t i = 0; i < c->rows * parts; i++) {                                                           \
+            int64_t first = i % parts * n;                                                                        \
+            attend_heads(HALF, c, i / parts, first, least(first + n, c->kv_heads));                               \
+        }                                                                                                         \
+        return 1;                                                                                                 \
+    }
+DECODE(attention_decode_f32, 0)
+DECODE(attention_decode_bf16, 1)
+
+/* pages[places[t] / PAGE, :, places[t] % PAGE] = new[:, t], for pages (num_pages, heads, PAGE) of `bytes` each; the strides
+ * of `new` are in bytes too. Returns 0, nothing written, if a place is out of the pages. */
+int64_t attention_append(const char *new, int64_t head_stride, int64_t token_stride, const int64_t *places, int64_t tokens,
+                         char *pages, int64_t num_pages, int64_t heads, int64_t bytes) {
+    for (int64_t t = 0; t < tokens; t++)
+        if (places[t] < 0 || places[t] >= num_pages * PAGE) return 0;
+    for (int64_t t = 0; t < tokens; t++) {
+        char *page = pages + (places[t] / PAGE * heads * PAGE + places[t] % PAGE) * bytes;
+        for (int64_t h = 0; h < heads; h++)
+            memcpy(page + h * PAGE * bytes, new + h * head_stride + t * token_stride, bytes);
+    }
+    return 1;
+}

@@ -1,0 +1,196 @@
+"""Builds, checks and calls attention.c: attention of decoding rows over pages of keys and values, on the CPU.
+
+Without a compiler, or on a GPU, or where the check fails, the torch forms of attention.py serve; `status()` says which
+and why. ESPALIER_NATIVE=0 switches the kernel off.
+"""
+
+import ctypes
+import functools
+import itertools
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from adapters_store import compiled
+from server.generation.pages import PAGE
+
+_SOURCE = Path(__file__).with_name("attention.c")
+_DECODE = {torch.float32: "attention_decode_f32", torch.bfloat16: "attention_decode_bf16"}
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether the native kernel serves, and what the operator should know about it."""
+
+    active: bool
+    detail: str
+
+
+class _Call(ctypes.Structure):
+    """The C struct `call`."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                *("query", "query_head", "query_row", "key", "key_head", "key_row", "value", "value_head", "value_row"),
+                *("keys", "values", "out", "pages", "kv_heads", "group", "d", "d_v"),
+                *("tables", "most", "rows", "lengths", "num_threads", "window"),
+            )
+        ),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    ]
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """The functions of the library. They release the GIL while they run, and share torch's threads (same soname)."""
+
+    decode: dict[torch.dtype, Callable[..., int]]
+    append: Callable[..., int]
+
+    @staticmethod
+    def of(path: Path) -> "_Kernel":
+        library = ctypes.CDLL(str(path))
+        decode = {dtype: getattr(library, name) for dtype, name in _DECODE.items()}
+        for function in (*decode.values(), library.attention_append):
+            function.restype = ctypes.c_int64
+        library.attention_append.argtypes = [ctypes.c_int64] * 9
+        return _Kernel(decode, library.attention_append)
+
+
+def status() -> Status:
+    """Which form of attention serves decoding rows on the CPU."""
+    return _load()[1]
+
+
+def supports(dtype: torch.dtype, device: torch.device) -> bool:
+    """True if the kernel can attend over pages of this dtype on this device."""
+    return device.type == "cpu" and dtype in _DECODE and _load()[1].active
+
+
+def decode(
+    query: Tensor, key: Tensor | None, value: Tensor | None, keys: Tensor, values: Tensor,
+    tables: Tensor, lengths: Tensor, scale: float, window: int | None = None, softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Write each row's new key and value into its last page, and attend from it to all of its sequence.
+
+    query: (heads, rows, d); key: (kv_heads, rows, d) and value: (kv_heads, rows, d_v), or None if they are in pages
+    already; any strides but the last dimension's. keys: (pages, kv_heads, PAGE, d) and values likewise with d_v,
+    contiguous. tables: (rows, most pages) int64; lengths: (rows,) int64 with the new token. Returns (rows, heads, d_v),
+    as attention.attend_rows has it.
+    """
+    kernel = _load()[0]
+    assert kernel is not None, "asked for what supports() denies"
+    return _decode(kernel, query, key, value, keys, values, tables, lengths, scale, window, softcap)
+
+
+def _decode(
+    kernel: _Kernel, query: Tensor, key: Tensor | None, value: Tensor | None, keys: Tensor, values: Tensor,
+    tables: Tensor, lengths: Tensor, scale: float, window: int | None, softcap: float | None,
+) -> Tensor:  # fmt: skip
+    heads, rows, d = query.shape
+    num_pages, kv_heads, _, d_v = values.shape
+    most, new = tables.shape[1], (0, 0, 0, 0, 0, 0)
+    if key is not None and value is not None:
+        new = _located(key, (kv_heads, rows, d), keys.dtype) + _located(value, (kv_heads, rows, d_v), keys.dtype)
+    out = values.new_empty(rows, heads, d_v)
+    call = _Call(
+        *_located(query, (heads, rows, d), keys.dtype), *new,
+        _address(keys, (num_pages, kv_heads, PAGE, d), keys.dtype),
+        _address(values, (num_pages, kv_heads, PAGE, d_v), keys.dtype),
+        out.data_ptr(), num_pages, kv_heads, heads // kv_heads, d, d_v,
+        _address(tables, (rows, most), torch.int64), most, rows, _address(lengths, (rows,), torch.int64),
+        torch.get_num_threads(), window or 0, scale, softcap or 0.0,
+    )  # fmt: skip
+    is_sound = kernel.decode[keys.dtype](ctypes.byref(call))
+    assert is_sound, "lengths and tables name tokens that are in no page, or heads are too long"
+    return out
+
+
+def append(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Tensor) -> None:
+    """Write new keys and values into pages, in place: token t into page places[t] // PAGE at places[t] % PAGE.
+
+    key: (kv_heads, tokens, d) and value: (kv_heads, tokens, d_v) with any strides but the last dimension's;
+    keys: (pages, kv_heads, PAGE, d), values: (pages, kv_heads, PAGE, d_v), contiguous; places: (tokens,) int64.
+    """
+    kernel = _load()[0]
+    assert kernel is not None, "asked for what supports() denies"
+    for new, pages in ((key, keys), (value, values)):
+        _append(kernel, new, pages, places)
+
+
+def _append(kernel: _Kernel, new: Tensor, pages: Tensor, places: Tensor) -> None:
+    (num_pages, kv_heads, _, d), tokens, size = pages.shape, len(places), pages.element_size()
+    start, head_stride, token_stride = _located(new, (kv_heads, tokens, d), pages.dtype)
+    is_sound = kernel.append(
+        start, head_stride * size, token_stride * size, _address(places, (tokens,), torch.int64), tokens,
+        _address(pages, (num_pages, kv_heads, PAGE, d), pages.dtype), num_pages, kv_heads, d * size,
+    )  # fmt: skip
+    assert is_sound, "places name tokens that are in no page"
+
+
+def _address(part: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Of contiguous numbers; the kernel would read past anything else."""
+    assert (part.shape, part.dtype, part.is_contiguous()) == (shape, dtype, True), "shape, dtype and order as agreed"
+    return part.data_ptr()
+
+
+def _located(part: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[int, int, int]:
+    """Address, and strides of heads and of tokens."""
+    head_stride, token_stride, unit = part.stride()
+    assert (part.shape, part.dtype, unit) == (shape, dtype, 1), "shape and dtype as agreed, a head's elements together"
+    return part.data_ptr(), head_stride, token_stride
+
+
+@functools.cache
+def _load() -> tuple[_Kernel | None, Status]:
+    """The kernel and its status; built at the first call."""
+    try:
+        kernel = _Kernel.of(compiled.build("attention", [_SOURCE]))
+    except compiled.FAILURES as error:
+        return None, Status(False, f"torch forms attend: {compiled.reason(error)}")
+    if not _agrees_with_torch(kernel):
+        return None, Status(False, "built, but its results differ from torch's; torch forms attend")
+    return kernel, Status(True, f"native attention for {platform.machine()}, checked against torch")
+
+
+def _agrees_with_torch(kernel: _Kernel) -> bool:
+    """Rows of a few lengths in odd sizes, each dtype, with and without window and softcap, against plain torch."""
+    generator = torch.Generator().manual_seed(0)
+    lengths, order = [1, 40, 300], torch.randperm(30, generator=generator)
+    for dtype, (window, softcap) in itertools.product(_DECODE, ((None, None), (21, 3.0))):
+        query, key, value = (
+            torch.randn(n, 3, d, generator=generator).to(dtype) for n, d in ((6, 43), (2, 43), (2, 70))
+        )
+        keys, values = (torch.randn(30, 2, PAGE, d, generator=generator).to(dtype) for d in (43, 70))
+        tables = torch.stack([order[:20], order[1:21], order[10:]])
+        places = torch.tensor([int(tables[n, (x - 1) // PAGE]) * PAGE + (x - 1) % PAGE for n, x in enumerate(lengths)])
+        _append(kernel, key, keys, places)
+        _append(kernel, value, values, places)
+        found = _decode(kernel, query, key, value, keys, values, tables, torch.tensor(lengths), 0.2, window, softcap)
+        for row, length in enumerate(lengths):
+            expected = _attended(query[:, row], keys[tables[row]], values[tables[row]], length, window, softcap)
+            if not torch.allclose(found[row].float(), expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-4):
+                return False
+    return True
+
+
+def _attended(
+    query: Tensor, keys: Tensor, values: Tensor, length: int, window: int | None, softcap: float | None
+) -> Tensor:
+    """(heads, d_v) float32 of one row whose pages are keys and values, at a scale of 0.2."""
+    first, group = max(0, length - (window or length)), query.shape[0] // keys.shape[1]
+    key, value = (
+        part.float().transpose(0, 1).flatten(1, 2)[:, first:length].repeat_interleave(group, 0)
+        for part in (keys, values)
+    )  # (heads, tokens, d)
+    scores = 0.2 * (key @ query.float()[:, :, None])[:, :, 0]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return (scores.softmax(-1)[:, None] @ value)[:, 0]
