@@ -40,7 +40,7 @@ class TextForm:
 
     def choice(self, index: int, text: str, tokens: Sequence[Chosen], reason: FinishReason) -> dict[str, Any]:
         """A finished choice, or a piece of one."""
-        logprobs = None if self._logprobs is None else self._told(index, len(text), tokens)
+        logprobs = None if self._logprobs is None else self._told(index, tokens)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def pieces(self, delta: Delta) -> list[dict[str, Any]]:
@@ -49,15 +49,16 @@ class TextForm:
             return []
         return [self.choice(delta.index, delta.text, delta.tokens, delta.finish_reason)]
 
-    def _told(self, index: int, length: int, tokens: Sequence[Chosen]) -> dict[str, Any]:
+    def _told(self, index: int, tokens: Sequence[Chosen]) -> dict[str, Any]:
         """Tokens, their log-probabilities, and where they begin in the choice's text."""
-        place = self._places.setdefault(index, _Place())
+        place = self._places.get(index) or self._places.setdefault(index, _Place(self._tokenizer))
         names = [token_bytes(self._tokenizer, one.token) for one in tokens]
+        texts = [b"" if one.token in place.special else name for one, name in zip(tokens, names, strict=True)]
         return {
             "tokens": [_name(name) for name in names],
             "token_logprobs": [_finite(one.logprob) for one in tokens],
             "top_logprobs": [self._likely(one) for one in tokens] if self._logprobs else None,
-            "text_offset": place.offsets(names, length),
+            "text_offset": place.offsets(texts),
         }
 
     def _likely(self, one: Chosen) -> dict[str, float]:
@@ -69,18 +70,18 @@ class TextForm:
 class _Place:
     """Where in a choice's text its next token begins, in characters."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: Any) -> None:
+        self.special = frozenset(tokenizer.all_special_ids)  # they have names, but no place in a text
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._tokens_end = self._text_end = 0
+        self._end = 0
 
-    def offsets(self, names: Sequence[bytes], length: int) -> list[int]:
-        """One per token, never behind the text's end, which a stop string may bring forward. length: of new text."""
-        self._text_end += length
+    def offsets(self, texts: Sequence[bytes]) -> list[int]:
+        """One per token; those of a stop string lie at or behind the end of the text, which ends before it."""
         found = []
-        for name in names:
-            found.append(self._tokens_end)
-            self._tokens_end += len(self._decoder.decode(name))
-        return [min(offset, self._text_end) for offset in found]
+        for text in texts:
+            found.append(self._end)
+            self._end += len(self._decoder.decode(text))
+        return found
 
 
 class ChatForm:

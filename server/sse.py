@@ -8,8 +8,9 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from fastapi import HTTPException, Request, Response
+from fastapi import Request, Response
 from pydantic_core import to_json
+from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from adapters_store.errors import EspalierError

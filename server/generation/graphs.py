@@ -10,7 +10,7 @@ other than low-rank ones are not replayed. Capturing has not been run on a GPU y
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,11 +119,12 @@ def _cut(flat: Tensor, sizes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
 class Layout:
     """What captured launches of adapters depend on besides the buffers.
 
-    slots: one of each site that has low-rank adapters. tables: those sites, and where and how large their tables are.
+    tables: the sites that have low-rank adapters, and where and how large their tables are. slots: some of each of them;
+    any will do.
     """
 
-    slots: tuple[int, ...]
     tables: tuple[tuple[str, object], ...]
+    slots: tuple[int, ...] = field(compare=False)
 
 
 def layout_of(sites: Sites, batch: MixedBatch) -> Layout | None:
@@ -140,7 +141,7 @@ def layout_of(sites: Sites, batch: MixedBatch) -> Layout | None:
             if own is not None:
                 slots.add(own)
                 tables.append((name, _table(bank).layout))
-    return Layout(tuple(sorted(slots)), tuple(tables))
+    return Layout(tuple(tables), tuple(sorted(slots)))
 
 
 def _table(bank: Any) -> Any:
@@ -148,17 +149,19 @@ def _table(bank: Any) -> Any:
     return getattr(bank, "grouped", None)
 
 
-class GraphedDecode:
-    """The forward of decode steps, captured per shape. forward: (buffers, batch) -> (rows, vocab_size) logits."""
+Forward = Callable[[StepBuffers, MixedBatch], Tensor]  # gives (rows, vocab_size) logits
 
-    def __init__(
-        self, forward: Callable[[StepBuffers, MixedBatch], Tensor], sites: Sites, *, idle_page: int, captures: bool
-    ) -> None:
+
+class GraphedDecode:
+    """The forward of decode steps over buffers, captured once per shape."""
+
+    def __init__(self, forward: Forward, sites: Sites, *, idle_page: int, captures: bool) -> None:
         """idle_page: a page of KV memory that no sequence gets. captures: False to run eagerly, without a GPU."""
         self._forward, self._sites, self._idle_page, self._captures = forward, sites, idle_page, captures
         self._layout: Layout | None = None
-        self._steps: dict[Shape, tuple[StepBuffers, Callable[[], Tensor]]] = {}
-        self._pool: Any = None
+        self._buffers: dict[Shape, StepBuffers] = {}
+        self._captured: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._pool: Any = None  # memory that graphs share
         self.failure: str | None = None  # why steps are not replayed, if the model's forward cannot be captured
 
     @torch.no_grad()
@@ -167,55 +170,46 @@ class GraphedDecode:
 
         What is returned is overwritten by the next step of this shape.
         """
-        if self.failure or plan.num_singles != len(plan.chunks) or not plan.chunks:
+        if self.failure or not plan.chunks or plan.num_singles != len(plan.chunks):
             return None
         layout = layout_of(self._sites, batch)
         if layout is None:
             return None
+        shape = Shape.of(plan, batch)
+        if shape not in self._buffers:
+            self._buffers[shape] = StepBuffers(shape, self._sites.num_layers, self._idle_page, self._sites.device)
+        self._buffers[shape].load(plan, batch)
+        found = self._replayed(shape, layout) if self._captures else self._eager(shape, layout)
+        return None if found is None else found[: plan.num_singles]
+
+    def _eager(self, shape: Shape, layout: Layout) -> Tensor:
+        buffers = self._buffers[shape]
+        return self._forward(buffers, buffers.standing(layout.slots))
+
+    def _replayed(self, shape: Shape, layout: Layout) -> Tensor | None:
         if layout != self._layout:
             self._layout = layout
-            self._steps.clear()
-        shape = Shape.of(plan, batch)
-        if shape not in self._steps:
-            self._steps[shape] = self._made(shape, layout, plan, batch)
-        buffers, run = self._steps[shape]
-        buffers.load(plan, batch)
-        return run()[: plan.num_singles] if not self.failure else None
+            self._captured.clear()
+        if shape not in self._captured:
+            try:
+                self._captured[shape] = self._capture(shape, layout)
+            except RuntimeError as error:  # something in the model waits for the device, as some rotary embeddings do
+                self.failure = str(error)
+                return None
+        graph, logits = self._captured[shape]
+        graph.replay()
+        return logits
 
-    def _made(
-        self, shape: Shape, layout: Layout, plan: Plan, batch: MixedBatch
-    ) -> tuple[StepBuffers, Callable[[], Tensor]]:
-        """Buffers of this shape, and what runs over them."""
-        buffers = StepBuffers(shape, self._sites.num_layers, self._idle_page, self._sites.device)
-        standing = buffers.standing(layout.slots)
-
-        def run() -> Tensor:
-            return self._forward(buffers, standing)
-
-        if not self._captures:
-            return buffers, run
-        buffers.load(plan, batch)  # the first runs are real ones: keys and values are written where they belong
-        try:
-            return buffers, self._captured(run)
-        except RuntimeError as error:  # something in the model waits for the device, as some rotary embeddings do
-            self.failure = str(error)
-            return buffers, run
-
-    def _captured(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """What replays the launches of `run`."""
+    def _capture(self, shape: Shape, layout: Layout) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """The launches of this step, and where they leave their logits."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # kernels are compiled and libraries set up outside of the graph
-                run()
+                self._eager(shape, layout)
         torch.cuda.current_stream().wait_stream(stream)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            logits = run()
-
-        def replay() -> Tensor:
-            graph.replay()
-            return logits
-
-        return replay
+            logits = self._eager(shape, layout)
+        return graph, logits

@@ -1,4 +1,4 @@
-"""`/v1/adapters…`: list, upload, versions, aliases, residency; and vLLM's two endpoints for its users' tools."""
+"""`/v1/adapters…`: list, upload, versions, aliases, residency; and what vLLM's and llama.cpp's users' tools call."""
 
 from typing import Any
 
@@ -8,8 +8,10 @@ from starlette.datastructures import UploadFile
 from adapters_store.errors import AdapterNotFoundError, FormatError
 from adapters_store.manifest import Manifest
 from adapters_store.references import check_alias, check_name
+from server import openai_schema, uploads
 from server import replies_schema as said
-from server import uploads
+from server.errors import BadInputError
+from server.openai_models import lora_id
 from server.replies import reply
 from server.routes import ActorDep, AllowedDep, ServiceDep
 from server.schemas import AliasRequest, LoraRequest, ResidencyRequest
@@ -117,14 +119,31 @@ async def unload(name: str, service: ServiceDep, allowed: AllowedDep, body: Resi
 
 @router.post("/v1/load_lora_adapter", summary="As vLLM has it", response_model=said.Loaded)
 async def load_lora(body: LoraRequest, service: ServiceDep, allowed: AllowedDep) -> Response:
-    """lora_name, or lora_path if given, is a store reference; never a path or URL."""
-    return reply(await _load(service, body.lora_path or body.lora_name, allowed))
+    """lora_name, and lora_path if given, are store references to one version; never a path or URL."""
+    reference = body.lora_path or body.lora_name
+    wanted, served = _resolve(service, reference, allowed), _resolve(service, body.lora_name, allowed)
+    if wanted.digest != served.digest:  # `model` will say lora_name, and must not get something else
+        raise BadInputError(
+            f"{body.lora_name!r} is {served.reference} here, not {wanted.reference}: leave lora_path out, "
+            f"and load and ask for {wanted.reference!r}"
+        )
+    return reply(await _load(service, reference, allowed))
 
 
 @router.post("/v1/unload_lora_adapter", summary="As vLLM has it", response_model=said.Unloaded)
 async def unload_lora(body: LoraRequest, service: ServiceDep, allowed: AllowedDep) -> Response:
     """lora_name is a store reference."""
     return reply(await _unload(service, body.lora_name, allowed))
+
+
+@router.get("/lora-adapters", summary="As llama.cpp has it", response_model=openai_schema.LoraAdapters)
+async def lora_adapters(service: ServiceDep, allowed: AllowedDep) -> Response:
+    """The numbers that `lora` in a body may give instead of names."""
+    names = [
+        name for name in service.catalog.manifests if allowed is None or service.catalog.resolve(name).task in allowed
+    ]
+    listed = [{"id": lora_id(name), "path": name, "scale": 0.0} for name in names]
+    return reply(sorted(listed, key=lambda one: service.catalog.resolve(str(one["path"])).created_at))
 
 
 def _resolve(service: Service, reference: str, allowed: Allowed) -> Manifest:

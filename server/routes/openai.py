@@ -7,17 +7,14 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from adapters_store.composition import Overrides
-from adapters_store.errors import InvalidNameError, NotFoundError
-from adapters_store.manifest import Manifest
 from server import inference
 from server import openai_schema as said
-from server.compose import Ask
 from server.errors import BadInputError, ModelNotFoundError
 from server.inference import Asked
+from server.openai_models import ask_of, manifest_of
 from server.replies import OPENAI_DOCUMENTED, reply, unless_gone
 from server.routes import AllowedDep, ServiceDep
-from server.schemas import EmbeddingOptions, EmbeddingRequest
+from server.schemas import EmbeddingRequest
 from server.service import Service
 
 router = APIRouter(tags=["openai"], responses=OPENAI_DOCUMENTED)
@@ -36,7 +33,7 @@ async def models(service: ServiceDep, allowed: AllowedDep) -> Response:
 @router.get("/v1/models/{name:path}", summary="One model", response_model=said.Model)
 async def model(name: str, service: ServiceDep, allowed: AllowedDep) -> Response:
     """The backbone, a task, or an adapter reference such as `books@3`."""
-    manifest = _manifest(service, name)
+    manifest = manifest_of(service, name)
     if allowed is not None and manifest is not None and not {name, manifest.task} & allowed:
         raise ModelNotFoundError(f"model {name!r} is not one that this key may use")
     return reply(_model(service, name))
@@ -59,22 +56,8 @@ async def embeddings(body: EmbeddingRequest, request: Request, service: ServiceD
     return reply({"object": "list", "model": body.model, "data": data, "usage": usage, "espalier": extras})
 
 
-def _manifest(service: Service, model: str) -> Manifest | None:
-    """The version that a model's name means now; None for the backbone. Raises ModelNotFoundError."""
-    if model == service.backbone.name:
-        return None
-    try:
-        if model in service.catalog.task_set:
-            return service.catalog.manifest_of_task(model)
-        return service.catalog.resolve(model)
-    except (NotFoundError, InvalidNameError) as error:
-        raise ModelNotFoundError(
-            f"model {model!r} is neither the backbone, nor a task, nor an adapter: {error}"
-        ) from error
-
-
 def _model(service: Service, name: str) -> dict[str, Any]:
-    manifest = _manifest(service, name)
+    manifest = manifest_of(service, name)
     kind = "backbone" if manifest is None else "task" if name in service.catalog.task_set else "adapter"
     created = int(manifest.created_at.timestamp()) if manifest else 0
     parent = service.backbone.name if manifest else None
@@ -85,7 +68,7 @@ def _rows(service: Service, body: EmbeddingRequest, allowed: frozenset[str] | No
     size = service.backbone.encoder.hidden_size
     if body.dimensions not in (None, size):
         raise BadInputError(f"this backbone gives {size} dimensions, not {body.dimensions}; leave 'dimensions' out")
-    composed = inference.compose(service, _ask(service, body.model, body.espalier), allowed)
+    composed = inference.compose(service, ask_of(service, body.model, body.espalier), allowed)
     pooling = body.espalier.pooling or service.backbone.default_pooling
     inputs = _inputs(service, body.input)
     if len(inputs) > service.settings.max_inputs:
@@ -111,21 +94,6 @@ def _checked_ids(service: Service, ids: Sequence[int]) -> list[int]:
     if not all(0 <= token < vocabulary for token in ids):
         raise BadInputError(f"token ids must be between 0 and {vocabulary - 1}")
     return list(ids)
-
-
-def _ask(service: Service, model: str, extras: EmbeddingOptions) -> Ask:
-    """What the body asks for: the extras if they say more than `model` does."""
-    overrides = Overrides(extras.temperature, extras.threshold, extras.top_k)
-    if extras.adapters is not None:
-        weights = tuple((ref, inference.freeze(weight)) for ref, weight in extras.adapters.items())
-        return Ask("explicit", adapters=weights, needs_head=False)
-    if extras.mix is not None:
-        return Ask(extras.mode or "prior", mix=tuple(extras.mix.items()), needs_head=False, overrides=overrides)
-    if _manifest(service, model) is None:
-        return Ask("none", needs_head=False)
-    if model in service.catalog.task_set:
-        return Ask(extras.mode or "prior", task=model, needs_head=False, overrides=overrides)
-    return Ask("explicit", adapters=((model, 1.0),), needs_head=False)
 
 
 def _encoded(values: Sequence[float], body: EmbeddingRequest) -> Any:

@@ -58,7 +58,10 @@ def test_whatever_is_done_pages_are_held_once_or_shared_and_none_is_lost(data: s
         elif action == "release" and held:
             pool.release(held.pop(data.draw(st.integers(0, len(held) - 1))))
         elif action == "name" and held:
-            page, key = data.draw(st.sampled_from([p for pages in held for p in pages])), data.draw(st.sampled_from(names))
+            page, key = (
+                data.draw(st.sampled_from([p for pages in held for p in pages])),
+                data.draw(st.sampled_from(names)),
+            )
             if key not in content.values() and page not in content:
                 content[page] = key
             pool.name(page, key)
