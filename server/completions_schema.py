@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
-from server.schemas import MAX_TEXT, Mix, Ref, Temperature, Weight
+from server.schemas import MAX_TEXT, CompositionOptions, Ref
 
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI has it
 MAX_STOPS = 16
@@ -72,18 +72,6 @@ Content = Annotated[
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class CompositionOptions(_Body):
-    """How to compose (`extra_body={"espalier": {…}}` in OpenAI's SDK)."""
-
-    mode: Literal["prior", "single", "explicit", "none"] | None = Field(None, description="default: prior")
-    adapters: dict[Ref, Weight] | None = Field(None, max_length=64, description="reference -> weight, or one per layer")
-    mix: Mix | None = Field(None, description="a mixture of tasks: shares")
-    top_k: int | None = Field(None, ge=1, le=256, description="adapters at most")
-    temperature: Temperature | None = Field(None, description="of the router: divides the evidence")
-    threshold: float | None = Field(None, ge=0, le=1, description="relative gate: drop weights below it x the largest")
-    explain: bool = Field(False, description="also tell the weight of each layer")
 
 
 class LoraScale(_Body):

@@ -11,14 +11,12 @@ from collections.abc import Sequence
 from adapters_store.composition import Overrides
 from adapters_store.errors import InvalidCompositionError, InvalidNameError, NotFoundError
 from adapters_store.manifest import Manifest
-from server.completions_schema import CompositionOptions, LoraScale
+from server.completions_schema import LoraScale
 from server.compose import Ask
 from server.errors import BadInputError, ModelNotFoundError
 from server.inference import freeze
-from server.schemas import EmbeddingOptions
+from server.schemas import CompositionOptions
 from server.service import Service
-
-Extras = CompositionOptions | EmbeddingOptions
 
 
 def manifest_of(service: Service, model: str) -> Manifest | None:
@@ -40,7 +38,7 @@ def _without_base(service: Service, model: str) -> str:
     return model.removeprefix(f"{service.backbone.name}:")
 
 
-def ask_of(service: Service, model: str, extras: Extras, lora: Sequence[LoraScale] | None = None) -> Ask:
+def ask_of(service: Service, model: str, extras: CompositionOptions, lora: Sequence[LoraScale] | None = None) -> Ask:
     """The question of a body. Raises ModelNotFoundError, BadInputError or InvalidCompositionError."""
     given = {"adapters": extras.adapters, "mix": extras.mix, "lora": lora}
     named = [name for name, value in given.items() if value is not None]
@@ -60,7 +58,7 @@ def ask_of(service: Service, model: str, extras: Extras, lora: Sequence[LoraScal
     return _explicit({_without_base(service, model): 1.0}, extras, f"model {model!r}")
 
 
-def _explicit(weights: dict[str, float | tuple[float, ...]], extras: Extras, said_by: str) -> Ask:
+def _explicit(weights: dict[str, float | tuple[float, ...]], extras: CompositionOptions, said_by: str) -> Ask:
     """These weights and nothing else; none at all: the bare backbone."""
     if extras.mode not in (None, "explicit", "none"):
         raise InvalidCompositionError(f"{said_by} says what to compose; mode {extras.mode!r} goes with a task or a mix")

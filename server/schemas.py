@@ -92,18 +92,23 @@ class LoraRequest(BaseModel):
     lora_path: str | None = Field(None, max_length=200, description="a store reference; never a path or URL")
 
 
-class EmbeddingOptions(_Strict):
-    """Our extras in an OpenAI body (`extra_body={"espalier": {…}}`)."""
+class CompositionOptions(_Strict):
+    """How to compose, in an OpenAI body (`extra_body={"espalier": {…}}` in its SDK)."""
 
-    mode: Literal["prior", "single", "explicit", "none"] | None = None
-    adapters: dict[Ref, Weight] | None = Field(None, max_length=64)
-    mix: Mix | None = None
-    top_k: int | None = Field(None, ge=1, le=256)
-    temperature: Temperature | None = None
-    threshold: float | None = Field(None, ge=0, le=1)
+    mode: Literal["prior", "single", "explicit", "none"] | None = Field(None, description="default: prior")
+    adapters: dict[Ref, Weight] | None = Field(None, max_length=64, description="reference -> weight, or one per layer")
+    mix: Mix | None = Field(None, description="a mixture of tasks: shares")
+    top_k: int | None = Field(None, ge=1, le=256, description="adapters at most")
+    temperature: Temperature | None = Field(None, description="of the router: divides the evidence")
+    threshold: float | None = Field(None, ge=0, le=1, description="relative gate: drop weights below it x the largest")
+    explain: bool = Field(False, description="also tell the weight of each layer")
+
+
+class EmbeddingOptions(CompositionOptions):
+    """The same for embeddings, and which vector to give."""
+
     pooling: Literal["mean", "cls", "last"] | None = None
     normalize: bool = True
-    explain: bool = False
 
 
 class EmbeddingRequest(BaseModel):

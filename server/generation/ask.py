@@ -3,11 +3,13 @@
 import hashlib
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from random import Random
 
 from server.errors import BadInputError
 from server.generation.generation import Choice, Generation, Ticket, Wanted
 from server.generation.generator import Generator
-from server.generation.sampling import Draw
+from server.generation.sampling import Draw, Sampling
 from server.generation.sequence import TokenSequence
 from server.generation.text import TextStream
 from server.leases import Lease
@@ -59,13 +61,20 @@ def _generation(
         mix = generator.interned(lease.mix(one.composed.parts))
         salt = salt_of(service, one) if service.settings.prefix_cache else None
         end_ids = one.stopping.token_ids | (frozenset() if one.stopping.ignore_eos else generator.end_ids)
-        for _ in range(one.n):
-            draw = Draw(one.sampling, one.ids, generator.vocab_size)
+        for choice in range(one.n):
+            draw = Draw(_seeded(one.sampling, choice), one.ids, generator.vocab_size)
             sequence = TokenSequence(list(one.ids), mix, draw, one.stopping.max_tokens, end_ids, salt)
             text = TextStream(service.backbone.tokenizer, one.ids, one.stopping.strings)
             choices[sequence] = Choice(len(choices), text, one.sampling.logprobs is not None)
         service.metrics.note_composition([manifest.name for manifest in one.composed.composing])
     return Generation(choices, ticket, sum(len(one.ids) for one in wanted), service.metrics)
+
+
+def _seeded(sampling: Sampling, choice: int) -> Sampling:
+    """Choices of one seed differ from each other, and from those of the next seed."""
+    if sampling.seed is None or choice == 0:
+        return sampling
+    return replace(sampling, seed=Random(f"{sampling.seed} {choice}").getrandbits(63))  # noqa: S311  # guards nothing
 
 
 def salt_of(service: Service, wanted: Wanted) -> bytes:

@@ -119,8 +119,8 @@ def _cut(flat: Tensor, sizes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
 class Layout:
     """What captured launches of adapters depend on besides the buffers.
 
-    tables: the sites that have low-rank adapters, and where and how large their tables are. slots: some of each of them;
-    any will do.
+    tables: the sites that have low-rank adapters, and where and how large their tables are. slots: some of each of
+    them; any will do.
     """
 
     tables: tuple[tuple[str, object], ...]

@@ -120,7 +120,7 @@ def test_explain_gives_the_composition_without_running_it(client: TestClient) ->
         ({"adapters": {"books@9": 1.0}, "head": "books", "text": "a"}, 404, "adapter_not_found"),
         ({"adapters": {"../etc": 1.0}, "head": "books", "text": "a"}, 422, "invalid_name"),
         ({"adapters": {"books": [1.0]}, "head": "books", "text": "a"}, 422, "invalid_composition"),
-        ({"adapters": {"books": 1.0}, "text": "a"}, 422, "invalid_request"),
+        ({"adapters": {"books": 1.0}, "text": "a"}, 422, "no_head"),
         ({"mix": {"books": -1.0}, "head": "books", "text": "a"}, 422, "invalid_composition"),
         ({"task": "books", "text": "a", "typo": 1}, 422, "invalid_request"),
         ({"task": "books"}, 422, "invalid_request"),

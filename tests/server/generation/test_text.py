@@ -229,6 +229,42 @@ def test_special_and_unknown_tokens_are_no_text(name: str) -> None:
     assert _streamed(tokenizer, [], special) == ""
 
 
+@cache
+def _spaces_joined() -> Any:
+    """Byte tokens, and a decoder that looks at the whole text in the end: two spaces become one."""
+    vocab = {name: i for i, name in enumerate(["a", " ", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="a"))
+    steps = [decoders.ByteFallback(), decoders.Fuse(), decoders.Replace("  ", " ")]
+    tokenizer.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+def test_a_window_shows_whole_characters_and_leaves_out_an_unfinished_one() -> None:
+    tokenizer = _spaces_joined()
+    stream = TextStream(tokenizer, [0])
+    first, second, third = (3 + byte for byte in "€".encode())
+
+    assert pieces_of(tokenizer) is None
+    assert [stream.feed(token) for token in (0, first, second, third, 1, 1, 0)] == ["a", "", "", "€", " ", "", "a"]
+    assert stream.feed(first) + stream.finish() == ""
+
+
+def test_a_window_does_not_wait_for_ever() -> None:
+    stream = TextStream(_spaces_joined(), [0])
+
+    pieces = [stream.feed(3 + 0xFF) for _ in range(50)]
+
+    assert UNKNOWN in "".join(pieces[:8])
+    assert len("".join(pieces) + stream.feed(0)) == 51
+
+
+def test_special_tokens_do_not_push_the_text_out_of_the_window() -> None:
+    tokenizer = made("word ends")
+    word = tokenizer.convert_tokens_to_ids("a</w>")
+
+    assert _streamed(tokenizer, [word], [word, *[tokenizer.unk_token_id] * 30, word]) == " a a"
+
+
 def test_a_slow_tokenizer_does_not_wait_for_ever() -> None:
     stream = TextStream(made("bytes, slow"), [])
     wrong = 0xFF + 3
