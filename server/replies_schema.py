@@ -102,6 +102,7 @@ class Task(BaseModel):
     task: str
     adapter: str | None = Field(description="reference of its own adapter")
     kind: str | None
+    answers: Literal["label", "text"] | None = Field(description="None: it has no head, and nothing generates here")
     labels: list[str]
     label_texts: dict[str, str]
     in_graph: bool
@@ -229,6 +230,16 @@ class Alive(BaseModel):
     status: Literal["ok"]
 
 
+class Generation(BaseModel):
+    """How texts are generated."""
+
+    forward: Literal["packed", "padded"]
+    attention_path: str
+    max_length: int = Field(description="tokens of prompt and text")
+    kv_tokens: int = Field(description="tokens that have a place in KV memory at once")
+    prefix_cache: bool
+
+
 class Ready(BaseModel):
     """Reply of `GET /ready`; without a key, where keys are asked for, only the first two."""
 
@@ -242,4 +253,5 @@ class Ready(BaseModel):
     adapters: int | None = None
     tasks: int | None = None
     graph_version: int | None = None
+    generation: Generation | None = Field(None, description="None where the backbone does not generate")
     refused: dict[str, str] | None = Field(None, description="adapter or graph -> why it is not served")

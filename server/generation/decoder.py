@@ -17,6 +17,7 @@ from adapters_store.errors import UnsupportedError
 from adapters_store.language import LanguageModel
 from adapters_store.mixing import Mix, MixedBatch
 from adapters_store.packing import PACKED, attending
+from server.generation import native_attention
 from server.generation.attention import KVMemory, PagedAttention
 from server.generation.padded import PagedCache, groups_of
 from server.generation.pages import PAGE, PagePool, pages_for
@@ -52,6 +53,15 @@ class Decoder:
                 f"({self.memory.page_bytes} bytes each): too few for any request"
             )
         self.memory = self.memory.resized(num_pages)
+
+    @property
+    def attention_path(self) -> str:
+        """Which form of attention serves decoding rows, for people."""
+        if not self.is_packed:
+            return "the model's own, over padded rows"
+        if self.encoder.device.type != "cpu":
+            return f"torch on {self.encoder.device}"
+        return native_attention.status().detail
 
     @property
     def num_embeddings(self) -> int:

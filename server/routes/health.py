@@ -8,6 +8,8 @@ from fastapi.responses import FileResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from server import replies_schema as said
+from server.generation.generator import Generator
+from server.generation.pages import PAGE
 from server.replies import reply
 from server.routes import ServiceDep
 from server.service import Service
@@ -41,7 +43,19 @@ def _details(service: Service) -> dict[str, Any]:
         "adapters": len(service.catalog.manifests),
         "tasks": len(service.catalog.tasks),
         "graph_version": service.catalog.graph_version,
+        "generation": _generation(service.generator, service.settings.prefix_cache) if service.generator else None,
         "refused": service.problems,
+    }
+
+
+def _generation(generator: Generator, prefix_cache: bool) -> dict[str, Any]:
+    decoder = generator.batcher.decoder
+    return {
+        "forward": "packed" if decoder.is_packed else "padded",
+        "attention_path": decoder.attention_path,
+        "max_length": generator.max_length,
+        "kv_tokens": decoder.memory.num_pages * PAGE,
+        "prefix_cache": prefix_cache,
     }
 
 

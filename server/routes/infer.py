@@ -62,12 +62,13 @@ def _described(service: Service, task: str) -> dict[str, Any]:
         "task": task,
         "adapter": manifest.reference if manifest else None,
         "kind": manifest.kind if manifest else None,
+        "answers": "label" if head else "text" if service.generator else None,
         "labels": list(head.labels) if head else [],
         "label_texts": head.label_texts if head else {},
         "in_graph": in_graph,
         "prior": {module: round(weight, 6) for module, weight in prior.items()},
     }
-    if manifest and head:
+    if manifest and described["answers"]:
         ask = Ask(task=task)
         described["composition"] = service.composer.compose(ask, catalog).brief
     return described
