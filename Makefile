@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE ?= 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve train test check fmt lint types bench bench-http bench-fdu lock clean
+.PHONY: help setup demo serve train test test-clients check fmt lint types bench bench-http bench-fdu lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,10 @@ train: setup ## show how to train adapters of your own
 
 test: setup ## run the whole suite, offline, on CPU
 	$(BIN)/python -m pytest
+
+test-clients: setup ## run client packages (openai, langchain, huggingface_hub, npm's openai) against real servers
+	@if command -v npm >/dev/null; then npm ci --no-audit --no-fund --prefix tests/clients; else echo "npm is not installed: its client is skipped"; fi
+	$(BIN)/python -m pytest -m clients tests/clients
 
 check: setup lint types test ## everything CI checks: ruff, mypy --strict, import-linter, tests
 

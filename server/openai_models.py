@@ -51,6 +51,8 @@ def ask_of(service: Service, model: str, extras: CompositionOptions, lora: Seque
     overrides = Overrides(extras.temperature, extras.threshold, extras.top_k)
     if extras.mix is not None:
         return Ask(extras.mode or "prior", mix=tuple(extras.mix.items()), needs_head=False, overrides=overrides)
+    if extras.mode == "explicit":
+        raise InvalidCompositionError("mode 'explicit' needs 'adapters', for example {'books@3': 0.8, 'music': 0.2}")
     if manifest_of(service, model) is None:
         return _explicit({}, extras, f"model {model!r}")
     if model in service.catalog.task_set:

@@ -114,12 +114,14 @@ async def _on_invalid(request: Request, error: Exception) -> Response:
     if first["loc"] == ("body",) and not _says_json(request):
         return _error(request, 415, "unsupported_media_type", "send JSON with 'content-type: application/json'")
     where = [part for part in first["loc"] if part != "body"]
-    param, said = ".".join(map(str, where)), first["msg"].removeprefix("Value error, ")
+    place, said = ".".join(map(str, where)), first["msg"].removeprefix("Value error, ")
+    param = str(where[0]) if where else None  # what follows may be names of types
     if first["type"] == "extra_forbidden":
-        said, param = "no such field", ", ".join(_unknown(error))
-    detail = f"{param or 'body'}: {said}"
+        said, place = "no such field", ", ".join(_unknown(error))
+        param = place
+    detail = f"{place}: {said}" if place else said
     index = where[1] if len(where) > 1 and where[0] == "inputs" and isinstance(where[1], int) else None
-    return _error(request, 422, "invalid_request", detail, index=index, param=_printable(param))
+    return _error(request, 422, "invalid_request", detail, index=index, param=param and _printable(param))
 
 
 def _unknown(error: RequestValidationError) -> list[str]:

@@ -7,7 +7,7 @@
  *
  * A row's sums run in one order, whatever the other rows, the numbers of its pages and the threads are, so its result
  * is the same bit for bit. Arithmetic is float32; queries, keys, values and output are float32 or bfloat16.
- * Plain C with GCC/Clang vector types; the sum of a vector's elements, ragged ends and products of bfloat16 pairs have a
+ * Plain C with GCC/Clang vector types; sums of a vector's elements, ragged ends and products of bfloat16 pairs have a
  * form of their own for AVX-512. Called through ctypes.
  */
 #include <stdint.h>
@@ -40,7 +40,7 @@
 #define TOGETHER 32                /* key heads of a task at most */
 #define SPACE (2 * GROUP * MAX_D / LANES) /* vectors that hold a task's queries and sums */
 
-#define VECTOR(n) __attribute__((vector_size(4 * (n)), aligned(4), may_alias))
+#define VECTOR(n) __attribute__((vector_size(4 * (n)), aligned(2), may_alias)) /* bfloat16 heads of odd length */
 typedef float vec VECTOR(LANES);
 typedef int32_t ivec VECTOR(LANES);
 typedef uint32_t uvec VECTOR(LANES);
@@ -50,8 +50,8 @@ typedef float four VECTOR(4);
 
 /* One call. Strides count elements. tables: (rows, most), the pages of each row's sequence; lengths: (rows,).
  * query: (heads, rows, d), key: (kv_heads, rows, d), value: (kv_heads, rows, d_v); key NULL: both are in pages already.
- * keys: (pages, kv_heads, PAGE, d), values: (pages, kv_heads, PAGE, d_v), out: (rows, heads, d_v); heads: group * kv_heads.
- * window, softcap: 0 for none. */
+ * keys: (pages, kv_heads, PAGE, d), values: (pages, kv_heads, PAGE, d_v), out: (rows, heads, d_v), where heads are
+ * group * kv_heads. window, softcap: 0 for none. */
 typedef struct {
     const char *query;
     int64_t query_head, query_row;
@@ -352,8 +352,8 @@ INLINE void begin(const int half, const task *t, int64_t head, state *s, vec *sp
     }
 }
 
-/* The keys that are read after page p + i of a block that begins at page p: the next head's, or the next block's, or the
- * next task's first. Only a hint: any address is right. */
+/* The keys that are read after page p + i of a block that begins at page p: the next head's, or the next block's, or
+ * the next task's first. Only a hint: any address is right. */
 INLINE const char *keys_ahead(const int half, const task *t, int64_t head, int64_t p, int64_t i) {
     const call *c = t->c;
     if (head + 1 < t->last) return page_at(half, c->keys, t->table[p + i], c->d, head + 1, c);
@@ -371,7 +371,8 @@ INLINE void attend_block(const int half, const task *t, int64_t head, int64_t p,
     float scores[GROUP * BLOCK];
     for (int64_t i = 0; i < count; i++)
         score_heads(half, t->heads, s->query, t->lines, page_at(half, c->keys, t->table[p + i], c->d, head, c), c->d,
-                    scores + i * PAGE, page_at(half, c->values, t->table[p + i], c->d_v, head, c), c->d_v * SIZE(half));
+                    scores + i * PAGE, page_at(half, c->values, t->table[p + i], c->d_v, head, c),
+                    c->d_v * SIZE(half));
     for (int64_t h = 0; h < t->heads; h++) {
         float fade = weigh(scores + h * BLOCK, count, p * PAGE, t->start, t->end, c, s->most + h, s->sum + h);
         for (int64_t v = 0; v < t->width; v++) s->mixed[h * t->width + v] *= fade;
@@ -465,10 +466,10 @@ static int is_sound(const call *c) {
 DECODE(attention_decode_f32, 0)
 DECODE(attention_decode_bf16, 1)
 
-/* pages[places[t] / PAGE, :, places[t] % PAGE] = new[:, t], for pages (num_pages, heads, PAGE) of `bytes` each; the strides
- * of `new` are in bytes too. Returns 0, nothing written, if a place is out of the pages. */
-int64_t attention_append(const char *new, int64_t head_stride, int64_t token_stride, const int64_t *places, int64_t tokens,
-                         char *pages, int64_t num_pages, int64_t heads, int64_t bytes) {
+/* pages[places[t] / PAGE, :, places[t] % PAGE] = new[:, t], for pages (num_pages, heads, PAGE) of `bytes` each; the
+ * strides of `new` are in bytes too. Returns 0, nothing written, if a place is out of the pages. */
+int64_t attention_append(const char *new, int64_t head_stride, int64_t token_stride, const int64_t *places,
+                         int64_t tokens, char *pages, int64_t num_pages, int64_t heads, int64_t bytes) {
     for (int64_t t = 0; t < tokens; t++)
         if (places[t] < 0 || places[t] >= num_pages * PAGE) return 0;
     for (int64_t t = 0; t < tokens; t++) {

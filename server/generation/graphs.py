@@ -74,7 +74,7 @@ class StepBuffers:
         self.lengths, self.tables = views["lengths"], views["tables"]
         weights = torch.zeros(num_layers, rows * pairs, device=device)
         self.grouping = Grouping(views["tiles"], views["pair_slot"], weights, pairs)
-        self.num_singles = rows
+        self.num_singles = self.num_tokens = rows
         self.chunks: tuple[()] = ()
         self._batch: MixedBatch | None = None
 
@@ -202,7 +202,7 @@ class GraphedDecode:
 
     def _capture(self, shape: Shape, layout: Layout) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """The launches of this step, and where they leave their logits."""
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # kernels are compiled and libraries set up outside of the graph

@@ -146,6 +146,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths:
     group, num_spans = heads // kv_heads, max(1, triton.cdiv(tables.shape[1] * PAGE, SPAN))
     window = min(scoring.window or UNBOUNDED, UNBOUNDED)
     out = query.new_empty(rows, heads, d_v)
+    if not rows:
+        return out
     is_joined = num_spans > 1
     parts = query.new_empty(rows, heads, num_spans, d_v, dtype=torch.float32) if is_joined else out
     tops, totals = query.new_empty(2, rows, heads, num_spans, dtype=torch.float32)
@@ -178,7 +180,8 @@ def append(key: Tensor, value: Tensor, keys: Tensor, values: Tensor, places: Ten
 
 def padded(width: int) -> int:
     """Numbers of a block that holds so many: a power of two that the hardware multiplies."""
-    return max(16, triton.next_power_of_2(width))
+    power: int = triton.next_power_of_2(width)
+    return max(16, power)
 
 
 def tokens_of_block(width: int, itemsize: int) -> int:
