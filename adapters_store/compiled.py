@@ -18,17 +18,18 @@ FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared")
 FAILURES = (OSError, RuntimeError, subprocess.SubprocessError)  # RuntimeError: no home folder to cache in
 
 
-def build(name: str, sources: Sequence[Path], flags: Sequence[str] = FLAGS) -> Path:
+def build(name: str, sources: Sequence[Path], flags: Sequence[str] = FLAGS, *, included: Sequence[Path] = ()) -> Path:
     """Path of the shared library of these sources, compiled if it is not in the cache; with OpenMP where there is.
 
-    name: what the file in the cache begins with. Raises one of FAILURES; `reason` tells what to say of it.
+    name: what the file in the cache begins with. included: files that the sources include. Raises one of FAILURES;
+    `reason` tells what to say of it.
     """
     if os.environ.get("ESPALIER_NATIVE", "1") == "0":
         raise OSError("switched off by ESPALIER_NATIVE=0")
     compiler = os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if compiler is None:
         raise OSError("no C compiler found (cc, gcc or clang)")
-    target = _cache_folder() / f"{name}-{_digest(compiler, sources, flags)}.so"
+    target = _cache_folder() / f"{name}-{_digest(compiler, [*sources, *included], flags)}.so"
     if not target.exists():
         _build(compiler, sources, flags, target)
     return target
@@ -61,12 +62,12 @@ def _cache_folder() -> Path:
     return folder
 
 
-def _digest(compiler: str, sources: Sequence[Path], flags: Sequence[str]) -> str:
+def _digest(compiler: str, files: Sequence[Path], flags: Sequence[str]) -> str:
     """Of all that decides the machine code; the processor too, because -march=native is per processor."""
     cpuinfo = Path("/proc/cpuinfo")
     processor = platform.processor() + platform.machine()
     if cpuinfo.exists():
         lines = cpuinfo.read_text().splitlines()
         processor = "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-    parts = (*(source.read_text() for source in sources), compiler, " ".join(flags), processor)
+    parts = (*(file.read_text() for file in files), compiler, " ".join(flags), processor)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

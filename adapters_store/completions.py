@@ -8,7 +8,7 @@ from typing import Any
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of a text that is to be continued: with the tokenizer's own beginning, without an end of text."""
-    ids: list[int] = list(tokenizer(prompt)["input_ids"])
+    ids: list[int] = list(tokenizer(prompt, verbose=False)["input_ids"])
     end = tokenizer.eos_token_id
     is_ended = len(ids) > 1 and ids[-1] == end and list(tokenizer("")["input_ids"])[-1:] == [end]
     return ids[:-1] if is_ended else ids

@@ -127,7 +127,9 @@ class MixedBatch:
         if any(isinstance(each, Tensor) for each in weights):
             learned = torch.cat([torch.as_tensor(each, dtype=torch.float32) for each in weights])
             return learned.T.contiguous().to(self.device)
-        fixed = np.concatenate(weights, dtype=np.float32)  # in a step that decodes, torch would take longer than a layer
+        fixed = np.concatenate(
+            weights, dtype=np.float32
+        )  # in a step that decodes, torch would take longer than a layer
         return torch.from_numpy(np.ascontiguousarray(fixed.T)).to(self.device)
 
     @cached_property

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from adapters_store.completions import prompt_ids
 from server import chat, inference, sse
 from server.completion_forms import ChatForm, Form, TextForm
 from server.completions_schema import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest, Generate
@@ -85,7 +86,9 @@ async def _tokenized(service: Service, texts: Sequence[str], *, special: bool) -
 
 
 def _ids(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
-    found: list[list[int]] = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
+    if special:
+        return [prompt_ids(tokenizer, text) for text in texts]
+    found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     return found
 
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from training.errors import RunError
+from training.objectives import Score
 from training.state import Best, TaskState
-from training.step import Score
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from training.commands import command
-from training.config import DemoConfig, EvaluateConfig, FitConfig, PublishConfig, RelateConfig, resolve
+from training.config import DemoConfig, EvaluateConfig, FitConfig, PublishConfig, RelateConfig, StylesConfig, resolve
 
 app = typer.Typer(
     name="espalier-train",
@@ -38,6 +38,8 @@ def fit(config: FitConfig, *, resume: bool, dry_run: bool) -> None:
     """Train one adapter per task, into a run folder.
 
     All tasks train together in mixed batches, through the very sites that serve, with the result of training alone.
+    Tasks whose lines are {"prompt", "completion"} learn to generate: the loss is on the completion and the end of text
+    behind it, and --backbone must be a decoder.
     Ctrl-C finishes the step, writes a checkpoint and says how to go on; the result is the same as without the stop.
 
     Example:  espalier-train fit --data training/demo_data --run first --set r=8 --epochs 5
@@ -79,9 +81,10 @@ def relate(config: RelateConfig) -> None:
 
 @command(app, EvaluateConfig)
 def evaluate(config: EvaluateConfig) -> None:
-    """Accuracy per task on the test texts.
+    """Scores per task on the test texts.
 
-    Of the bare backbone, of each task's own adapter, and of adapters composed by the graph.
+    Accuracy, or loss and accuracy per token of the completions for tasks that generate:
+    of the bare backbone, of each task's own adapter, and of adapters composed by the graph.
     JSON lines go to stdout (and to --out), a table to stderr.
 
     Example:  espalier-train evaluate --data training/demo_data --store adapters_store/data --modes single,prior
@@ -102,3 +105,16 @@ def demo(config: DemoConfig) -> None:
     from training import demo as training_demo
 
     training_demo.demo(config)
+
+
+@command(app, StylesConfig)
+def styles(config: StylesConfig) -> None:
+    """Write three small tasks that generate.
+
+    Endings of children's stories, one style each: cheerful, spooky and chatty. They suit small decoders.
+
+    Example:  espalier-train styles --out my-styles
+    """
+    from training import styles as training_styles
+
+    training_styles.styles(config)

@@ -7,7 +7,7 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -39,7 +39,8 @@ class FitConfig(Machine):
     """Settings of `fit`."""
 
     data: Path = Field(
-        description="folder of task folders, each with train.jsonl and perhaps dev.jsonl, test.jsonl, task.toml"
+        description="folder of task folders, each with train.jsonl and perhaps dev.jsonl, test.jsonl, task.toml; lines "
+        'are {"text", "label"}, or {"prompt", "completion"} for tasks that generate'
     )
     tasks: tuple[str, ...] = Field((), description="train only these tasks")
     runs: Path = Field(Path("runs"), description="folder that holds the runs")
@@ -47,12 +48,18 @@ class FitConfig(Machine):
     backbone: str | None = Field(
         None, description="hub id or folder of the frozen model; default: all-MiniLM-L6-v2 from PyPI"
     )
-    kind: str = Field("lora", description="kind of adapter: lora, ssf, norm, bottleneck, head …")
+    kind: str = Field("lora", description="kind of adapter: lora, ssf, norm, bottleneck, or head (classifiers only)")
     hyperparameters: dict[str, Any] = Field({}, description="of the kind, for example r=16 or target_modules=q,v,up")
     pooling: Literal["mean", "cls", "last", "pooler"] | None = Field(
         None, description="what the head reads; default: mean for encoders, last for decoders"
     )
-    max_length: int = Field(128, ge=4, description="tokens of a text; longer ones are cut")
+    max_length: int | None = Field(
+        None,
+        ge=4,
+        description="tokens of a text, or of a prompt and its completion; of longer texts the end is cut, of longer "
+        "pairs the beginning of the prompt, and only then the completion's end, which is told; "
+        "default: 128 for texts, 512 for pairs",
+    )
     examples: int | None = Field(None, ge=2, description="training examples per task; default: all")
     dev_fraction: float = Field(0.2, ge=0, lt=1, description="cut from train where a task has no dev.jsonl")
     max_dev: int = Field(100, ge=0, description="at most so many examples are cut from train")
@@ -72,6 +79,10 @@ class FitConfig(Machine):
     seed: int = Field(
         0, ge=0, description="decides splits, initial values and batches; the same seed gives the same bytes"
     )
+
+    def length(self, *, generates: bool) -> int:
+        """Tokens of a row of a task that generates, or classifies."""
+        return self.max_length or (512 if generates else 128)
 
     @property
     def run_name(self) -> str:
@@ -134,6 +145,14 @@ class DemoConfig(Machine):
     seed: int = Field(0, ge=0, description="decides initial values and batches")
 
 
+class StylesConfig(Settings):
+    """Settings of `styles`."""
+
+    out: Path = Field(description="folder that the task folders are written into")
+    examples: int = Field(320, ge=16, description="training examples per task; dev and test get an eighth as many each")
+    seed: int = Field(0, ge=0, description="decides the texts")
+
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -171,6 +190,12 @@ def validate(model: type[Model], values: Mapping[str, Any], what: str = "setting
                 f"{what} {name!r} is needed: give --{name.replace('_', '-')} or put it in the --config file"
             ) from error
         raise ConfigError(f"{what} {name!r}: {first['msg']}, got {first['input']!r}") from error
+
+
+def listed(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, with one text where the model wants several as a list of one: `target_modules=all-linear`."""
+    several = {name for name, field in model.model_fields.items() if get_origin(field.annotation) is tuple}
+    return {name: [value] if name in several and isinstance(value, str) else value for name, value in values.items()}
 
 
 def pairs(items: list[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The learning curve of a run: training loss by step, dev accuracy by epoch, a line per task and the mean."""
+"""The learning curve of a run: training loss by step, dev scores by epoch, a line per task and the mean."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,16 @@ Series = dict[str, list[tuple[float, float]]]  # task -> (x, y) points
 
 def draw(metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Write the PNG of a run's metrics."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    generating = [line for line in metrics if "dev_token_accuracy" in line]
+    panels = [("step", "training loss", _series(metrics, "step", "loss"))]
+    if generating:
+        panels.append(("epoch", "dev loss per token", _series(generating, "epoch", "dev_loss")))
+    if classifying := _series(metrics, "epoch", "dev_accuracy"):
+        panels.append(("epoch", "dev accuracy", classifying))
+    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    _panel(left, _series(metrics, "step", "loss"), "step", "training loss")
-    _panel(right, _series(metrics, "epoch", "dev_accuracy"), "epoch", "dev accuracy")
+    for axes, (x, y, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        _panel(axes, series, x, y)
     figure.savefig(file, dpi=110)
 
 

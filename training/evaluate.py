@@ -1,12 +1,14 @@
-"""evaluate: accuracy of published adapters on test splits, composed in the ways that the server composes.
+"""evaluate: published adapters on test splits, composed in the ways that the server composes.
 
-none: the bare backbone under the task's head; single: the task's own adapter; prior: as the relation graph says.
-Rows of all tasks run together through `Encoder.pool`, which is what serves.
+none: the bare backbone (under the task's head, if it classifies); single: the task's own adapter; prior: as the
+relation graph says. A task that classifies gets accuracy and loss; one that generates gets loss and accuracy per token
+of the test completions, each token read behind the right ones (teacher forced).
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -18,41 +20,46 @@ from adapters_store.errors import AdapterNotFoundError, BackboneMismatchError
 from adapters_store.graph import RelationGraph
 from adapters_store.manifest import Manifest
 from adapters_store.mixing import Mix
-from adapters_store.primitives import head as head_primitive
 from adapters_store.prior import Prior
 from adapters_store.store import AdapterStore
-from training import fit, step
+from training import objectives, step
 from training.backbone import LoadedBackbone, load
 from training.config import EvaluateConfig, Mode
 from training.errors import DataError
-from training.export import head_of
+from training.objectives import Asked, Objective, Texts
 from training.progress import bar, console, result
-from training.step import Texts
 from training.tasks import Task, first, read_tasks
-from training.trainable import HeadChoice
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One task in one mode. width: how many adapters have any weight."""
+    """One task in one mode. scores: by their names, the one to look at first; width: adapters that have any weight."""
 
     task: str
     mode: Mode
-    accuracy: float
+    scores: dict[str, float]
+    headline: str
     examples: int
     adapter: str
     graph_version: int | None
     width: int
 
+    def line(self) -> dict[str, Any]:
+        """The outcome as a line of results."""
+        facts = asdict(self)
+        del facts["headline"], facts["scores"]
+        return {"task": facts.pop("task"), "mode": facts.pop("mode")} | self.scores | facts
+
 
 @dataclass(frozen=True, eq=False)
 class Resident:
-    """A task ready to be evaluated: its manifest, adapter, slot and test texts."""
+    """A task ready to be evaluated: its manifest, adapter, slot, objective and test texts."""
 
     task: Task
     manifest: Manifest
     adapter: Adapter
     slot: int
+    objective: Objective
     texts: Texts
 
 
@@ -66,12 +73,13 @@ class Lattice:
 
 
 def evaluate(config: EvaluateConfig) -> list[Outcome]:
-    """Accuracy per task and mode; written as JSON lines and shown as a table."""
+    """Scores per task and mode; written as JSON lines and shown as a table."""
     if config.threads:
         torch.set_num_threads(config.threads)
     store = AdapterStore(config.store)
     tasks = _tasks(config, store)
-    backbone = load(config.backbone, config.dtype, config.device)
+    generates = any(task.generates for task in tasks)
+    backbone = load(config.backbone, config.dtype, config.device, generates=generates)
     residents = [_resident(store, backbone, task, slot, config) for slot, task in enumerate(tasks)]
     lattice = _lattice(store, config)
     outcomes = []
@@ -79,13 +87,9 @@ def evaluate(config: EvaluateConfig) -> list[Outcome]:
         for mode in config.modes:
             for resident in residents:
                 mix, width = _mix(mode, resident, residents, lattice, backbone.encoder.num_layers)
-                accuracy = _accuracy(backbone, resident, mix, config.token_budget)
-                used = lattice.version if lattice and mode == "prior" else None
-                found = Outcome(
-                    resident.task.name, mode, accuracy, len(resident.texts), resident.manifest.reference, used, width
-                )
-                outcomes.append(found)
-                shown.advance(len(resident.texts), f"{mode} {resident.task.name} {accuracy:.3f}")
+                outcomes.append(_outcome(backbone, resident, mode, lattice, (mix, width), config.token_budget))
+                first_score = outcomes[-1].scores[outcomes[-1].headline]
+                shown.advance(len(resident.texts), f"{mode} {resident.task.name} {first_score:.3f}")
     _report(outcomes, config)
     return outcomes
 
@@ -117,19 +121,11 @@ def _resident(store: AdapterStore, backbone: LoadedBackbone, task: Task, slot: i
             f"{manifest.reference} was trained on another backbone than {backbone.folder}; give its --backbone"
         )
     adapter = store.load(manifest)
-    if adapter.head is None or not set(task.labels) <= set(adapter.head.spec.labels):
-        raise DataError(
-            f"{manifest.reference} does not know all labels of {config.data / task.name}: {', '.join(task.labels)}"
-        )
+    objective = objectives.trained(task, adapter, backbone)
     if adapter.entries:
         backbone.encoder.sites.check(adapter.entries)
         backbone.encoder.sites.put(slot, adapter.entries)
-    spec = adapter.head.spec
-    choice = HeadChoice(spec.pooling, spec.max_length or backbone.encoder.max_length)
-    index = {label: i for i, label in enumerate(spec.labels)}
-    texts = fit.texts(backbone, task, task.test, choice)
-    targets = [index[example.label] for example in task.test]
-    return Resident(task, manifest, adapter, slot, Texts(texts.rows, targets))
+    return Resident(task, manifest, adapter, slot, objective, objective.texts(task.test))
 
 
 def _lattice(store: AdapterStore, config: EvaluateConfig) -> Lattice | None:
@@ -174,25 +170,44 @@ def to_mix(weights: Weights, slots: Mapping[str, int]) -> Mix | None:
     return Mix(tuple(slots[task] for task in kept), torch.stack([torch.from_numpy(v) for v in kept.values()]).numpy())
 
 
-def _accuracy(backbone: LoadedBackbone, resident: Resident, mix: Mix | None, token_budget: int) -> float:
-    rows, head = resident.texts.rows, head_of(resident.adapter).to(backbone.encoder.device)
-    pooled = step.pool(backbone.encoder, rows, [mix] * len(rows), [head.spec.pooling] * len(rows), token_budget)
-    found = head_primitive.reference(head, pooled).argmax(dim=-1).cpu()
-    return float((found == torch.tensor(resident.texts.targets)).double().mean())
+def _outcome(
+    backbone: LoadedBackbone,
+    resident: Resident,
+    mode: Mode,
+    lattice: Lattice | None,
+    composed: tuple[Mix | None, int],
+    token_budget: int,
+) -> Outcome:
+    mix, width = composed
+    asked = Asked(resident.objective, resident.texts, mix)
+    [answers] = step.ask(backbone.encoder, [asked], token_budget)
+    scores = resident.objective.metrics(step.score_of(asked, answers))
+    used = lattice.version if lattice and mode == "prior" else None
+    return Outcome(
+        resident.task.name, mode, scores, resident.objective.headline, len(resident.texts),
+        resident.manifest.reference, used, width,
+    )  # fmt: skip
 
 
 def _report(outcomes: Sequence[Outcome], config: EvaluateConfig) -> None:
-    lines = [json.dumps(asdict(outcome)) for outcome in outcomes]
+    lines = [json.dumps(outcome.line()) for outcome in outcomes]
     if config.out:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         config.out.write_text("\n".join(lines) + "\n")
     result("\n".join(lines))
-    table = Table("task", *config.modes, title=f"test accuracy, {config.store}")
+    for headline in dict.fromkeys(outcome.headline for outcome in outcomes):
+        console.print(_table([outcome for outcome in outcomes if outcome.headline == headline], config))
+
+
+def _table(outcomes: Sequence[Outcome], config: EvaluateConfig) -> Table:
+    """The first metric of tasks with one objective."""
+    what = {"accuracy": "test accuracy", "loss": "test loss per token"}[outcomes[0].headline]
+    table = Table("task", *config.modes, title=f"{what}, {config.store}")
     by_task: dict[str, list[float]] = {}
     for outcome in outcomes:
-        by_task.setdefault(outcome.task, []).append(outcome.accuracy)
+        by_task.setdefault(outcome.task, []).append(outcome.scores[outcome.headline])
     for task, scores in by_task.items():
         table.add_row(task, *(f"{score:.3f}" for score in scores))
     means = [sum(scores) / len(by_task) for scores in zip(*by_task.values(), strict=True)]
     table.add_row("mean", *(f"{score:.3f}" for score in means), style="bold")
-    console.print(table)
+    return table

@@ -2,26 +2,23 @@
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 
 from adapters_store.adapter import Adapter, check, pack, unpack
-from adapters_store.encoder import Encoder
-from adapters_store.manifest import Backbone, GoldenExample, Manifest, digest_of
+from adapters_store.manifest import Backbone, GenerationSpec, GoldenExample, Manifest, digest_of
 from adapters_store.mixing import Mix
-from adapters_store.primitives import head as head_primitive
-from adapters_store.primitives.head import Head
+from training import objectives
 from training.backbone import LoadedBackbone
 from training.errors import RunError
 from training.tasks import Task
 
-NUM_GOLDEN = 3
 _NO_LIMIT = 1 << 30  # the server's limit on ranks is the server's to choose
 
 
@@ -55,47 +52,34 @@ def manifest_of(
     metrics: Mapping[str, float],
     provenance: Mapping[str, Any],
     golden: Sequence[GoldenExample],
+    generation: GenerationSpec | None = None,
 ) -> Manifest:
     """The manifest of a trained adapter as version 1; the store gives it its number when it is published."""
     packed = pack(adapter)
     blob = save(packed.tensors)
     return Manifest(
         name=task.name, version=1, task=task.name, kind=kind, hyperparameters=dict(hyperparameters),
-        sites=packed.sites, tensors=packed.specs, head=packed.head, backbone=fingerprint,
+        sites=packed.sites, tensors=packed.specs, head=packed.head, generation=generation, backbone=fingerprint,
         blob=digest_of(blob), size_bytes=len(blob), metrics=dict(metrics), provenance=dict(provenance),
         golden=tuple(golden), created_at=datetime.datetime.now(datetime.UTC),
     )  # fmt: skip
 
 
-@torch.no_grad()
 def golden(backbone: LoadedBackbone, adapter: Adapter, task: Task) -> list[GoldenExample]:
-    """The task's shortest held-out texts and the logits that the adapter alone gives them on a float32 backbone."""
-    split = task.dev or task.test or task.train
-    texts = [
-        example.text for example in sorted(split, key=lambda example: (len(example.text), example.text))[:NUM_GOLDEN]
-    ]
-    rows = logits(backbone, adapter, texts)
-    return [GoldenExample(text=text, logits=tuple(row)) for text, row in zip(texts, rows.tolist(), strict=True)]
+    """A few short held-out examples and what the adapter alone gives on them on a float32 backbone."""
+    objective = objectives.trained(task, adapter, backbone)
+    with resident(backbone, adapter) as mix:
+        return objective.golden(backbone.encoder, mix, task.dev or task.test or task.train)
 
 
-@torch.no_grad()
-def logits(backbone: LoadedBackbone, adapter: Adapter, texts: Sequence[str], slot: int = 0) -> torch.Tensor:
-    """(texts, labels) what the adapter alone gives, one text per forward, on the CPU."""
-    encoder: Encoder = backbone.encoder
+@contextmanager
+def resident(backbone: LoadedBackbone, adapter: Adapter, slot: int = 0) -> Iterator[Mix | None]:
+    """While inside, the adapter is in a slot; the mix that asks for it alone."""
+    encoder = backbone.encoder
     check(adapter, encoder.sites, max_rank=_NO_LIMIT, allow_zero=True)
-    if adapter.entries:
-        encoder.sites.put(slot, adapter.entries)
-    mix = Mix.one_hot(slot, encoder.num_layers) if adapter.entries else None
-    head = head_of(adapter).to(encoder.device)
-    spec = head.spec
-    rows = backbone.encode(texts, spec.max_length or encoder.max_length)
-    pooled = torch.cat([encoder.pool([row], [mix], [spec.pooling]) for row in rows])
-    encoder.sites.drop(slot)
-    return head_primitive.reference(head, pooled).cpu()
-
-
-def head_of(adapter: Adapter) -> Head:
-    """The adapter's head, which every adapter that is trained here has."""
-    if adapter.head is None:
-        raise AssertionError("our bug: a classifier without a head")
-    return adapter.head
+    try:
+        if adapter.entries:
+            encoder.sites.put(slot, adapter.entries)
+        yield Mix.one_hot(slot, encoder.num_layers) if adapter.entries else None
+    finally:
+        encoder.sites.drop(slot)

@@ -5,24 +5,19 @@ sites that serve (step.py), so what was trained is what is served.
 """
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
-from adapters_store.kinds import kind as kind_of
 from adapters_store.manifest import Backbone
 from training import checkpoint, curve, export, loop, step
 from training.backbone import LoadedBackbone, load
-from training.config import FitConfig, validate
+from training.config import FitConfig
 from training.errors import RunError
-from training.progress import bar, say
+from training.prepare import prepare
+from training.progress import say
 from training.run import Run, versions
 from training.state import TaskState
-from training.step import Part, Texts
-from training.tasks import Sampling, Split, Task, read_tasks
-from training.trainable import HeadChoice, TrainableAdapter
+from training.tasks import Task
 
 OnStep = Callable[[int], None]
 
@@ -50,16 +45,13 @@ def dry_run(config: FitConfig) -> None:
     losses = step.backward(backbone.encoder, [state.next_part() for state in states], config.token_budget)
     for state in states:
         state.advance()
-    few = [
-        Part(state.slot, state.adapter, state.dev.take(range(min(4, len(state.dev)))))
-        for state in states
-        if len(state.dev)
-    ]
+    few = [state.dev_part(4) for state in states if len(state.dev)]
     step.score(backbone.encoder, few, config.token_budget)
     export.golden(backbone, states[0].adapter.adapter(), tasks[0])
     for state, loss in zip(states, losses, strict=True):
+        answers = state.adapter.objective.describe(state.train)
         say(
-            f"{state.name}: {len(state.train)} train, {len(state.dev)} dev, {len(state.adapter.labels)} labels, "
+            f"{state.name}: {len(state.train)} train, {len(state.dev)} dev, {answers}, "
             f"{state.adapter.num_parameters} parameters, {state.num_steps} steps, first loss {loss:.3f}"
         )
     say("dry run: everything works, nothing was written")
@@ -75,52 +67,6 @@ def _check_free(run: Run, resume: bool) -> None:
         raise RunError(f"{run.folder} holds a run already: {way}")
     if run.exists and run.is_finished:
         raise RunError(f"{run.folder} is finished, there is nothing to resume; its results are in {run.summary_file}")
-
-
-def prepare(config: FitConfig) -> tuple[list[Task], LoadedBackbone, list[TaskState]]:
-    """Tasks read, backbone loaded, texts encoded once, and every task at its start."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    tasks = read_tasks(config.data, sampling(config), config.tasks)
-    backbone = load(config.backbone, config.dtype, config.device)
-    kind = kind_of(config.kind)
-    hyperparameters = validate(kind.Config, config.hyperparameters, f"hyperparameter of {kind.name}")
-    choice = HeadChoice(config.pooling or backbone.default_pooling, min(config.max_length, backbone.encoder.max_length))
-    states = []
-    for slot, task in enumerate(tasks):
-        adapter = TrainableAdapter(task, kind, hyperparameters, backbone.encoder.sites, choice, config.seed)
-        train, dev = (texts(backbone, task, split, choice) for split in (task.train, task.dev))
-        states.append(TaskState(task.name, slot, adapter, train, dev, config))
-    if not states[0].adapter.places:
-        _pool_once(backbone, states, config.token_budget)
-    say(f"{len(tasks)} tasks, {sum(len(state.train) for state in states)} training examples, kind {kind.name}")
-    return tasks, backbone, states
-
-
-def sampling(config: FitConfig) -> Sampling:
-    """How the run cuts its splits."""
-    return Sampling(config.seed, config.examples, config.dev_fraction, config.max_dev)
-
-
-def texts(backbone: LoadedBackbone, task: Task, split: Split, choice: HeadChoice) -> Texts:
-    """A split as token ids and label indices."""
-    rows = backbone.encode([example.text for example in split], choice.max_length)
-    return Texts(rows, task.targets(split))
-
-
-def _pool_once(backbone: LoadedBackbone, states: Sequence[TaskState], token_budget: int) -> None:
-    """A kind without sites leaves the backbone as it is: its hidden states are the same in every step."""
-    with bar(2 * len(states), "reading texts") as shown:
-        for state in states:
-            state.train, state.dev = (
-                _with_pooled(backbone, state, part, token_budget) for part in (state.train, state.dev)
-            )
-            shown.advance(2)
-
-
-def _with_pooled(backbone: LoadedBackbone, state: TaskState, part: Texts, token_budget: int) -> Texts:
-    poolings = [state.adapter.choice.pooling] * len(part)
-    return replace(part, pooled=step.pool(backbone.encoder, part.rows, [None] * len(part), poolings, token_budget))
 
 
 def _go_on(run: Run, tasks: Sequence[Task], states: Sequence[TaskState]) -> None:
@@ -139,7 +85,7 @@ def finish(
     """Export the best epoch of every task, draw the curve, write the summary, let the checkpoint go."""
     trained_on = backbone.fingerprint
     if config.dtype != "float32":  # golden examples are promised in float32
-        backbone = load(config.backbone, "float32", config.device)
+        backbone = load(config.backbone, "float32", config.device, generates=backbone.language is not None)
     for task, state in zip(tasks, states, strict=True):
         if state.best:
             state.adapter.load(state.best.tensors)
@@ -162,21 +108,33 @@ def _export(
         metrics=_metrics(state),
         provenance={"data_digest": task.digest, "seed": config.seed, "versions": versions(), "run": run.folder.name},
         golden=export.golden(backbone, adapter, task),
+        generation=state.adapter.objective.generation([state.train, state.dev]),
     )
     export.write(run.adapters / task.name, manifest, adapter)
 
 
 def _metrics(state: TaskState) -> dict[str, float]:
     counts = {"train_examples": len(state.train), "dev_examples": len(state.dev), "epoch": state.epoch}
+    cuts = state.train.cuts, state.dev.cuts
+    counts |= {
+        f"cut_{name}": sum(getattr(cut, name) for cut in cuts) for name in ("prompts", "completions") if all(cuts)
+    }
     if state.best is None:
         return {name: float(value) for name, value in counts.items()}
     counts["epoch"] = state.best.epoch
-    scores = {"dev_accuracy": state.best.score.accuracy, "dev_loss": state.best.score.loss}
-    return scores | {name: float(value) for name, value in counts.items()}
+    return state.dev_metrics(state.best.score) | {name: float(value) for name, value in counts.items()}
 
 
 def _summary(config: FitConfig, states: Sequence[TaskState]) -> dict[str, Any]:
     tasks = {state.name: _metrics(state) | {"parameters": state.adapter.num_parameters} for state in states}
-    scores = [task["dev_accuracy"] for task in tasks.values() if "dev_accuracy" in task]
-    mean = sum(scores) / len(scores) if scores else None
-    return {"kind": config.kind, "seed": config.seed, "mean_dev_accuracy": mean, "tasks": tasks}
+    return {"kind": config.kind, "seed": config.seed, **_means(tasks, states), "tasks": tasks}
+
+
+def _means(tasks: Mapping[str, Mapping[str, Any]], states: Sequence[TaskState]) -> dict[str, float | None]:
+    """Of each objective's first metric over its tasks; None where no task has a dev split."""
+    found = {}
+    for name in dict.fromkeys(f"dev_{state.adapter.objective.headline}" for state in states):
+        mine = [state.name for state in states if f"dev_{state.adapter.objective.headline}" == name]
+        scores = [tasks[task][name] for task in mine if name in tasks[task]]
+        found[f"mean_{name}"] = sum(scores) / len(scores) if scores else None
+    return found

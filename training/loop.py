@@ -6,6 +6,7 @@ each unfinished task of the group; the results are the same, the mixed way reads
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,10 +15,10 @@ from training import checkpoint, step
 from training.config import FitConfig
 from training.errors import DivergedError, StoppedError
 from training.interrupt import interrupt
+from training.objectives import Score
 from training.progress import Bar, bar
 from training.run import Run
 from training.state import TaskState
-from training.step import Part, Score
 
 OnStep = Callable[[int], None]
 
@@ -77,18 +78,22 @@ def _check_finite(state: TaskState, loss: float) -> None:
 def _epoch_ends(encoder: Encoder, states: Sequence[TaskState], token_budget: int, shown: Bar) -> list[dict[str, Any]]:
     """Score tasks on their dev splits and keep what is best; a task without one keeps its last epoch."""
     judged = [state for state in states if len(state.dev)]
-    scores = step.score(encoder, [Part(state.slot, state.adapter, state.dev) for state in judged], token_budget)
+    scores = step.score(encoder, [state.dev_part() for state in judged], token_budget)
     for state, score in zip(judged, scores, strict=True):
         state.judge(score)
-    if judged:
-        shown.say(
-            f"epoch {max(state.epoch for state in judged)}: dev accuracy {_mean(scores):.3f} over {len(judged)} tasks"
-        )
+    for headline, found in _headlines(judged, scores).items():
+        epoch = max(state.epoch for state in judged)
+        shown.say(f"epoch {epoch}: dev {headline} {sum(found) / len(found):.3f} over {len(found)} tasks")
     return [
-        {"task": s.name, "step": s.step, "epoch": s.epoch, "dev_accuracy": score.accuracy, "dev_loss": score.loss}
-        for s, score in zip(judged, scores, strict=True)
+        {"task": state.name, "step": state.step, "epoch": state.epoch} | state.dev_metrics(score)
+        for state, score in zip(judged, scores, strict=True)
     ]
 
 
-def _mean(scores: Sequence[Score]) -> float:
-    return sum(score.accuracy for score in scores) / len(scores)
+def _headlines(states: Sequence[TaskState], scores: Sequence[Score]) -> dict[str, list[float]]:
+    """The metric that people look at first, by objective."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for state, score in zip(states, scores, strict=True):
+        objective = state.adapter.objective
+        found[objective.headline].append(objective.metrics(score)[objective.headline])
+    return found

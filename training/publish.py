@@ -38,6 +38,7 @@ def _publish(store: AdapterStore, run: Run, name: str, config: PublishConfig) ->
         metrics=manifest.metrics,
         provenance=manifest.provenance,
         golden=manifest.golden,
+        generation=manifest.generation,
         alias=config.alias,
         actor=config.actor,
     ).reference

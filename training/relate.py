@@ -14,19 +14,19 @@ import torch
 from adapters_store.adapter import Adapter
 from adapters_store.graph import Knobs, RelationGraph
 from adapters_store.store import AdapterStore
-from training import export, fit, step
+from training import export, objectives, step
 from training.backbone import LoadedBackbone, load
 from training.config import FitConfig, RelateConfig, validate
 from training.errors import ConfigError, DataError
+from training.objectives import Asked, Objective
+from training.prepare import sampling
 from training.progress import bar, say
 from training.relations import Matrix, embedding, heatmap, weights
 from training.relations.evidence import evidence
 from training.relations.fuse import agreement, fuse, shares, strongest, with_negatives
 from training.relations.transfer import Transfer, measure
 from training.run import Run, versions
-from training.step import Texts
-from training.tasks import Split, Task, read_tasks
-from training.trainable import HeadChoice
+from training.tasks import Task, read_tasks
 
 # With c = 0.3 on graphs this small the gate leaves nearly every task its own adapter. 0.6 with 4 neighbours lowered the
 # log-loss on dev texts against single adapters: 0.554 to 0.489 on fdu_mtl (16 tasks), 0.718 to 0.685 on demo_data (11).
@@ -39,6 +39,7 @@ class Material:
 
     tasks: list[Task]
     adapters: list[Adapter]
+    objectives: list[Objective]
     backbone: LoadedBackbone
 
     @property
@@ -86,10 +87,15 @@ def gather(run: Run, config: RelateConfig) -> Material:
     if config.threads:
         torch.set_num_threads(config.threads)
     trained: FitConfig = run.config()
-    tasks = read_tasks(trained.data, fit.sampling(trained), trained.tasks)
+    tasks = read_tasks(trained.data, sampling(trained), trained.tasks)
     run.check_data(tasks)
     adapters = [export.read(run.adapters / task.name)[1] for task in tasks]
-    return Material(tasks, adapters, load(trained.backbone, config.dtype, config.device))
+    backbone = load(trained.backbone, config.dtype, config.device, generates=any(task.generates for task in tasks))
+    judged = [
+        objectives.trained(task, adapter, backbone, trained.length(generates=True))
+        for task, adapter in zip(tasks, adapters, strict=True)
+    ]
+    return Material(tasks, adapters, judged, backbone)
 
 
 def estimate(material: Material, config: RelateConfig) -> Relations:
@@ -100,14 +106,17 @@ def estimate(material: Material, config: RelateConfig) -> Relations:
     with bar(total, "relating") as shown:
         if "embedding" in config.views:
             pooled = []
-            for task, adapter in zip(material.tasks, material.adapters, strict=True):
-                pooled.append(_pooled(material.backbone, adapter, task.train, config.token_budget))
+            for task, objective in zip(material.tasks, material.objectives, strict=True):
+                pooled.append(_pooled(material.backbone, objective, task, config.token_budget))
                 shown.advance()
             views["embedding"] = embedding.similarity(pooled)
         if "weights" in config.views:
             views["weights"] = weights.similarity(material.adapters, material.backbone.encoder.sites)
         if "transfer" in config.views:
-            dev = [_dev(material, k, config.transfer_examples) for k in range(len(material.tasks))]
+            dev = [
+                _dev(task, objective, config.transfer_examples)
+                for task, objective in zip(material.tasks, material.objectives, strict=True)
+            ]
             transfer = measure(material.backbone.encoder, material.adapters, dev, config.token_budget, shown)
             views["transfer"] = transfer.change
     return _fused(material.names, views, transfer, config)
@@ -124,26 +133,18 @@ def _fused(tasks: list[str], views: dict[str, Matrix], transfer: Transfer | None
     return Relations(tasks, strongest(relations, config.neighbours), views, by_view, agreed, transfer)
 
 
-def _choice(adapter: Adapter, backbone: LoadedBackbone) -> HeadChoice:
-    spec = export.head_of(adapter).spec
-    return HeadChoice(spec.pooling, spec.max_length or backbone.encoder.max_length)
-
-
-def _pooled(backbone: LoadedBackbone, adapter: Adapter, split: Split, token_budget: int) -> Matrix:
-    """(texts, d) the bare backbone's pooled hidden states."""
-    choice = _choice(adapter, backbone)
-    rows = backbone.encode([example.text for example in split], choice.max_length)
-    pooled = step.pool(backbone.encoder, rows, [None] * len(rows), [choice.pooling] * len(rows), token_budget)
-    states: Matrix = pooled.cpu().double().numpy()
+def _pooled(backbone: LoadedBackbone, objective: Objective, task: Task, token_budget: int) -> Matrix:
+    """(texts, d) the bare backbone's pooled hidden states of train: of texts, or of prompts with their completions."""
+    rows = objective.texts(task.train).rows
+    states: Matrix = step.pool(backbone.encoder, rows, objective.pooling, token_budget).cpu().double().numpy()
     return states
 
 
-def _dev(material: Material, k: int, examples: int) -> Texts:
+def _dev(task: Task, objective: Objective, examples: int) -> Asked:
     """The first dev examples of a task."""
-    task = material.tasks[k]
     if not task.dev:
         raise DataError(f"task {task.name!r} has no dev examples to measure transfer on; try --views embedding,weights")
-    return fit.texts(material.backbone, task, task.dev[:examples], _choice(material.adapters[k], material.backbone))
+    return Asked(objective, objective.texts(task.dev[:examples]), None)
 
 
 def document_of(

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from training import seeds
 from training.config import FitConfig
-from training.step import Part, Score, Texts
+from training.objectives import Score, Texts
+from training.step import Part
 from training.trainable import TrainableAdapter
 
 
@@ -20,10 +21,6 @@ class Best:
     epoch: int
     score: Score
     tensors: Mapping[str, Tensor] = field(repr=False)
-
-    def is_beaten_by(self, score: Score) -> bool:
-        """True for a higher accuracy, or the same with a lower loss."""
-        return (score.accuracy, -score.loss) > (self.score.accuracy, -self.score.loss)
 
 
 @dataclass(eq=False)
@@ -75,6 +72,10 @@ class TaskState:
         start = self.step % self.steps_per_epoch * self.config.batch_size
         return Part(self.slot, self.adapter, self.train.take(order[start : start + self.config.batch_size]))
 
+    def dev_part(self, examples: int | None = None) -> Part:
+        """The task's dev split, or its first examples."""
+        return Part(self.slot, self.adapter, self.dev.take(range(len(self.dev))[:examples]))
+
     def advance(self) -> float:
         """Clip the gradient, take the step, forget the gradient; the learning rate of the adapter in it."""
         share = schedule(self.step, self.num_steps, self.config)
@@ -86,9 +87,13 @@ class TaskState:
         self.step += 1
         return self.config.lr * share
 
+    def dev_metrics(self, score: Score) -> dict[str, float]:
+        """A score on the dev split under the names that files have for it."""
+        return {f"dev_{name}": value for name, value in self.adapter.objective.metrics(score).items()}
+
     def judge(self, score: Score) -> None:
         """Keep the values of this epoch if they are the best; stop if patience has run out."""
-        if self.best is None or self.best.is_beaten_by(score):
+        if self.best is None or self.adapter.objective.beats(score, self.best.score):
             self.best = Best(self.epoch, score, self.adapter.copy())
         patience = self.config.patience
         self.is_stopped = patience is not None and self.epoch - self.best.epoch >= patience

@@ -1,16 +1,17 @@
-"""Tasks: folders of `train.jsonl`, optional `dev.jsonl` and `test.jsonl`, one {"text": …, "label": …} per line.
+"""Tasks: folders of `train.jsonl`, optional `dev.jsonl` and `test.jsonl`.
 
-`task.toml` (optional) has `description`, `family` and a table `[labels]` of label texts, whose order is the order of
-the labels. `meta.json` (optional) may list train rows to leave out, as `train_rows_whose_text_is_also_in_test`, counted
-from 0. Texts that occur twice in train, or in train and in dev or test, are left out of train in any case.
+A task classifies, one {"text": …, "label": …} per line, or generates, one {"prompt": …, "completion": …} per line.
+`task.toml` (optional) has `description`, `family` and, if it classifies, a table `[labels]` of label texts, whose order
+is the order of the labels. `meta.json` (optional) may list train rows to leave out, as
+`train_rows_whose_text_is_also_in_test`, counted from 0. Texts (prompts together with their completions) that occur
+twice in train, or in train and in dev or test, are left out of train in any case.
 """
 
 import json
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -19,19 +20,9 @@ from adapters_store.manifest import canonical_json, digest_of
 from adapters_store.references import check_name
 from training import seeds
 from training.errors import DataError
+from training.examples import Example, Pair, Sort, Split, labelled, read
 
 LEAKS = "train_rows_whose_text_is_also_in_test"
-
-
-@dataclass(frozen=True)
-class Example:
-    """A text and the name of its label."""
-
-    text: str
-    label: str
-
-
-Split = tuple[Example, ...]
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,7 @@ class TaskFile(BaseModel):
 
 @dataclass(frozen=True)
 class Task:
-    """One classification task and its three splits; dev and test may be empty."""
+    """One task and its three splits; dev and test may be empty. labels: none if it generates."""
 
     name: str
     labels: tuple[str, ...]
@@ -67,15 +58,20 @@ class Task:
     family: str = ""
     label_texts: tuple[tuple[str, str], ...] = ()
 
-    def targets(self, split: Sequence[Example]) -> list[int]:
+    @property
+    def generates(self) -> bool:
+        """True if its answers are texts, False if they are labels."""
+        return not self.labels
+
+    def targets(self, split: Split) -> list[int]:
         """Index of each example's label."""
         index = {label: i for i, label in enumerate(self.labels)}
-        return [index[example.label] for example in split]
+        return [index[example.label] for example in labelled(split)]
 
     @property
     def digest(self) -> str:
         """`sha256:…` of the examples an adapter is trained and chosen on."""
-        rows = [[[example.text, example.label] for example in split] for split in (self.train, self.dev)]
+        rows = [[example.fields for example in split] for split in (self.train, self.dev)]
         return digest_of(canonical_json({"labels": self.labels, "train": rows[0], "dev": rows[1]}))
 
 
@@ -95,19 +91,30 @@ def read_tasks(folder: Path, sampling: Sampling = Sampling(), names: Sequence[st
 def read_task(folder: Path, sampling: Sampling = Sampling()) -> Task:
     """The task of one folder. Raises DataError."""
     name, about = _name(folder), _task_file(folder / "task.toml")
-    dev, test = _read(folder / "dev.jsonl"), _read(folder / "test.jsonl")
-    train = _clean(_read(folder / "train.jsonl"), _leaks(folder / "meta.json"), dev + test)
-    labels = _labels(folder, about, train + dev + test)
+    everything = read(folder / "train.jsonl")
+    sort = type(everything[0]) if everything else None
+    dev, test = read(folder / "dev.jsonl", sort), read(folder / "test.jsonl", sort)
+    train = _clean(everything, _leaks(folder / "meta.json"), dev + test)
+    labels = () if sort is Pair else _labels(folder, about, labelled(train + dev + test))
     if not dev:
         train, dev = _cut_dev(train, name, sampling)
     if sampling.examples is not None:
         train = sample(train, sampling.examples, sampling.seed, name, "train")
-    if len({example.label for example in train}) < 2:
+    _check(folder, about, train, sort)
+    texts = tuple(about.labels.items())
+    return Task(name, labels, train, dev, test, about.description, about.family, texts)
+
+
+def _check(folder: Path, about: TaskFile, train: Split, sort: Sort | None) -> None:
+    """Refuse a task that cannot be trained. Raises DataError."""
+    if sort is Pair and about.labels:
+        raise DataError(f"{folder / 'task.toml'}: a task with completions has no labels; leave [labels] out")
+    if sort is Pair and not train:
+        raise DataError(f"{folder / 'train.jsonl'}: every example is also in dev.jsonl or test.jsonl, none is left")
+    if sort is not Pair and len({example.label for example in labelled(train)}) < 2:
         raise DataError(
             f"{folder / 'train.jsonl'}: expected examples of at least 2 labels, found {len(train)} examples of fewer"
         )
-    texts = tuple(about.labels.items())
-    return Task(name, labels, train, dev, test, about.description, about.family, texts)
 
 
 def _name(folder: Path) -> str:
@@ -115,33 +122,6 @@ def _name(folder: Path) -> str:
         return check_name(folder.resolve().name.lower(), "task")
     except InvalidNameError as error:
         raise DataError(f"{folder}: {error}") from error
-
-
-def _read(file: Path) -> Split:
-    return tuple(_examples(file)) if file.is_file() else ()
-
-
-def _examples(file: Path) -> Iterator[Example]:
-    with file.open(encoding="utf-8", newline="\n") as lines:  # texts may hold other line ends that JSON allows
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _example(file, number, line)
-
-
-def _example(file: Path, number: int, line: str) -> Example:
-    expected = f'{file}:{number}: expected {{"text": "…", "label": "…"}}'
-    try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{expected}, but this is not JSON: {error.msg} at column {error.colno}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not _is_label(row.get("label")):
-        found = f"keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-        raise DataError(f"{expected} with a string as text and a string or whole number as label, found {found}")
-    return Example(row["text"], str(row["label"]))
-
-
-def _is_label(value: object) -> bool:
-    return (isinstance(value, str) and value != "") or (isinstance(value, int) and not isinstance(value, bool))
 
 
 def _task_file(file: Path) -> TaskFile:
@@ -165,16 +145,16 @@ def _leaks(file: Path) -> frozenset[int]:
 
 def _clean(train: Split, leaks: frozenset[int], held_out: Split) -> Split:
     """Without the rows that the source names as leaks, texts of other splits, and second occurrences of a text."""
-    seen = {example.text for example in held_out}
+    seen = {example.key for example in held_out}
     kept = []
     for row, example in enumerate(train):
-        if row not in leaks and example.text not in seen:
-            seen.add(example.text)
+        if row not in leaks and example.key not in seen:
+            seen.add(example.key)
             kept.append(example)
     return tuple(kept)
 
 
-def _labels(folder: Path, about: TaskFile, examples: Split) -> tuple[str, ...]:
+def _labels(folder: Path, about: TaskFile, examples: Sequence[Example]) -> tuple[str, ...]:
     found = {example.label for example in examples}
     unknown = sorted(found - set(about.labels))
     if about.labels and unknown:
@@ -195,9 +175,9 @@ def sample(split: Split, count: int, *seed: object) -> Split:
     """`count` examples (all, if there are fewer), each label in its share of the split; seeded, in random order."""
     if count >= len(split):
         return tuple(split[i] for i in seeds.permutation(len(split), *seed))
-    by_label: dict[str, list[Example]] = {}
+    by_label: dict[str, list[Example | Pair]] = {}
     for i in seeds.permutation(len(split), *seed):
-        by_label.setdefault(split[i].label, []).append(split[i])
+        by_label.setdefault(split[i].stratum, []).append(split[i])
     # the example at place p of its label's n stands at (p + 1/2) / n: the first `count` of them have the labels' shares
     spread = [((p + 0.5) / len(rows), label, row) for label, rows in by_label.items() for p, row in enumerate(rows)]
     chosen = [row for _, _, row in sorted(spread, key=lambda item: item[:2])[:count]]

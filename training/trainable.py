@@ -1,60 +1,39 @@
-"""An adapter while it is trained: a kind's parameters at its sites and a linear head, on the way to primitives."""
+"""An adapter while it is trained: a kind's parameters at its sites and a task's objective, on the way to primitives."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from adapters_store.adapter import Adapter
 from adapters_store.kinds import Kind, KindConfig
-from adapters_store.manifest import HeadSpec
 from adapters_store.primitives import Entry, Place
-from adapters_store.primitives.head import Head
 from adapters_store.sites import Sites
 from training import seeds
-from training.tasks import Task
-
-Pooling = Literal["mean", "cls", "last", "pooler"]
-
-
-@dataclass(frozen=True)
-class HeadChoice:
-    """What a task's head reads: how hidden states are pooled, and how many tokens of a text."""
-
-    pooling: Pooling
-    max_length: int
+from training.objectives import Objective
 
 
 class TrainableAdapter:
-    """A kind with its parameters at every site where it acts, and a linear head over a task's labels.
+    """A kind with its parameters at every site where it acts, and the objective it is trained by.
 
     Initial values depend on the seed and on what they are for. An adapter's depend on (seed, site) and a head's on
     (seed, label), not on the task: only adapters that start from one point can be compared by their weights
     (measured; see relations/weights.py).
     """
 
-    def __init__(self, task: Task, kind: Kind, config: KindConfig, sites: Sites, choice: HeadChoice, seed: int) -> None:
+    def __init__(self, kind: Kind, config: KindConfig, sites: Sites, objective: Objective, seed: int) -> None:
         """Parameters are float32 on the backbone's device, whatever the backbone's dtype."""
-        self.kind, self.config, self.choice = kind, config, choice
+        self.kind, self.config, self.objective = kind, config, objective
         self.places: dict[str, Place] = {name: sites[name].place for name in kind.sites(sites, config)}
         self.parameters: dict[str, dict[str, Tensor]] = {
             name: _trained(kind.parameters(place, config, seeds.generator(seed, kind.name, name)), sites.device)
             for name, place in self.places.items()
         }
-        self.labels, self.label_texts = task.labels, dict(task.label_texts)
-        self.head = _trained(_head(task.labels, sites.hidden_size, seed), sites.device)
 
     def entries(self) -> list[Entry]:
         """What the sites run, by the kind's exporter; gradients flow to the parameters."""
         parts = [self.kind.export(self.places[name], self.parameters[name], self.config) for name in self.places]
         return [entry for part in parts for entry in part]
-
-    def logits(self, pooled: Tensor) -> Tensor:
-        """(rows, labels) from pooled hidden states (rows, hidden_size), float32."""
-        return F.linear(pooled.float(), self.head["weight"], self.head["bias"])
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that is trained, by a name that is unique within the adapter. The tensors themselves."""
@@ -63,7 +42,7 @@ class TrainableAdapter:
 
     def head_tensors(self) -> dict[str, Tensor]:
         """The head's part of `tensors`."""
-        return {f"head/{name}": tensor for name, tensor in self.head.items()}
+        return {f"head/{name}": tensor for name, tensor in self.objective.tensors().items()}
 
     def copy(self) -> dict[str, Tensor]:
         """A copy of `tensors` as they are now, on the CPU."""
@@ -84,20 +63,12 @@ class TrainableAdapter:
             ]
 
     def adapter(self) -> Adapter:
-        """The adapter as it is published: entries and head, detached, on the CPU."""
+        """The adapter as it is published: entries and head, if it has one, detached, on the CPU."""
         entries = [
             Entry(e.site, e.primitive, {name: t.cpu() for name, t in e.tensors.items()}, e.options)
             for e in self.frozen_entries()
         ]
-        head = {name: tensor.detach().cpu().clone() for name, tensor in self.head.items()}
-        spec = HeadSpec(
-            labels=self.labels,
-            label_texts=self.label_texts,
-            pooling=self.choice.pooling,
-            max_length=self.choice.max_length,
-            tensors={name: f"head.{name}" for name in head},
-        )
-        return Adapter(entries, Head(spec, head))
+        return Adapter(entries, self.objective.head)
 
     @property
     def num_parameters(self) -> int:
@@ -107,9 +78,3 @@ class TrainableAdapter:
 
 def _trained(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device).requires_grad_() for name, tensor in tensors.items()}
-
-
-def _head(labels: tuple[str, ...], hidden_size: int, seed: int) -> dict[str, Tensor]:
-    """Small random rows, one per label and the same for a label of this name in every task; bias zero."""
-    rows = [torch.randn(hidden_size, generator=seeds.generator(seed, "label", label)) for label in labels]
-    return {"weight": torch.stack(rows) / hidden_size**0.5, "bias": torch.zeros(len(labels))}

@@ -20,8 +20,8 @@ from adapters_store.mixing import Mix, MixedBatch
 from adapters_store.primitives.panels import Panels
 from adapters_store.primitives.two_layer import Pair
 
-MAX_RANK = 512  # as in lowrank.c
-_SOURCES = [Path(__file__).with_name(name) for name in ("lowrank.c", "lowrank_bf16.c")]
+MAX_RANK = 512  # beyond, a product is wide enough for torch's own
+_SOURCE, _INCLUDED = (Path(__file__).with_name(name) for name in ("lowrank.c", "lowrank_bf16.c"))
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,14 @@ def add(out: Tensor, x: Tensor, table: Table, batch: MixedBatch, layer: int) -> 
 
     x: (tokens, d_in), out: (tokens, d_out), unit stride in the last dimension. The table must reach batch.max_slot.
     """
+    _call(_functions()[x.dtype], out, x, table, batch, layer)
+
+
+def _call(function: Any, out: Tensor, x: Tensor, table: Table, batch: MixedBatch, layer: int) -> None:
     prepared: _Prepared | None = batch.memo.get("native")
     if prepared is None:
         prepared = batch.memo["native"] = _Prepared(batch)
-    failed = _functions()[x.dtype](
+    failed = function(
         prepared.address, x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0), x.shape[1], out.shape[1],
         prepared.weights[layer], table.address,
     )  # fmt: skip
@@ -166,7 +170,7 @@ def _functions() -> dict[torch.dtype, Any]:
 def _load() -> tuple[Any, Status]:
     """The library and its status; built at the first call."""
     try:
-        library = _open(compiled.build("lowrank", _SOURCES))
+        library = _open(compiled.build("lowrank", [_SOURCE], included=[_INCLUDED]))
     except compiled.FAILURES as error:
         return None, Status(False, f"not built, torch forms serve: {compiled.reason(error)}")
     if not _agrees_with_torch(library):
@@ -177,14 +181,13 @@ def _load() -> tuple[Any, Status]:
 @functools.cache
 def _entry_points(library: Any) -> dict[torch.dtype, str]:
     """The kernel of each dtype; bfloat16 in pairs where the processor has dot products for them."""
-    pairs = "_pairs" if library.lowrank_pairs_bf16() else ""
+    pairs = "_pairs" if hasattr(library, "lowrank_add_bf16_pairs") else ""
     return {torch.float32: "lowrank_add_f32", torch.bfloat16: "lowrank_add_bf16" + pairs}
 
 
 def _open(path: Path) -> Any:
     library = ctypes.CDLL(str(path))  # releases the GIL while it runs; shares torch's OpenMP threads (same soname)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.lowrank_pairs_bf16.restype = number
     for name in _entry_points(library).values():
         function = getattr(library, name)
         function.restype = number
@@ -194,30 +197,24 @@ def _open(path: Path) -> Any:
 
 def _agrees_with_torch(library: Any) -> bool:
     """A small mixed case in odd sizes, each dtype, against plain torch."""
-    generator = torch.Generator().manual_seed(0)
-    d_in, d_out = 83, 101
-    mixes = [Mix((0,), np.array([[0.5]], np.float32)), Mix((0, 1), np.array([[-1.5], [0.25]], np.float32))]
-    rows = [(18, mixes[0]), (1, mixes[1]), (1, None), (1, mixes[0]), (2, mixes[1]), (14, mixes[1])]
-    batch = MixedBatch.of(rows, 1)
-    prepared = _Prepared(batch)
+    generator, d_in, d_out = torch.Generator().manual_seed(0), 83, 101
+    weights = torch.tensor([[0.5, 0.0], [-1.5, 0.25], [0.0, 1.0]])  # (mixes, slots)
+    mixes = [Mix((0, 1), row[:, None].numpy()) for row in weights]
+    rows = [(18, 0), (1, 1), (1, 0), (1, 2), (2, 1), (14, 2)]
+    batch = MixedBatch.of([(length, mixes[mix]) for length, mix in rows], 1)
+    weight = torch.cat([weights[mix].expand(length, 2) for length, mix in rows])  # (tokens, slots)
     factors = [(torch.randn(r, d_in, generator=generator), torch.randn(d_out, r, generator=generator)) for r in (3, 24)]
     for dtype, name in _entry_points(library).items():
+        table = Table()
         pairs = [NativePair.of(A, B, paired=name.endswith("_pairs")) for A, B in factors]
-        bank = np.array([pair.row for pair in pairs], np.int64)
+        for slot, pair in enumerate(pairs):
+            table.fill(slot, pair.rank, pair)
         x = torch.randn(batch.num_tokens, d_in, generator=generator).to(dtype)
         out = torch.randn(batch.num_tokens, d_out, generator=generator).to(dtype)
-        deltas = torch.stack([x.float() @ A.mT @ B.mT for A, B in factors])  # (2, tokens, d_out)
-        weights = torch.zeros(len(rows), 2)  # (rows, 2)
-        for row, (_, mix) in enumerate(rows):
-            for slot, weight in zip(mix.slots, mix.weights, strict=True) if mix else ():
-                weights[row, slot] = float(weight[0])
-        per_token = weights.repeat_interleave(torch.tensor([length for length, _ in rows]), dim=0)  # (tokens, 2)
-        expected = out.float() + torch.einsum("ts,sto->to", per_token, deltas)
-        failed = getattr(library, name)(
-            prepared.address, x.data_ptr(), d_in, out.data_ptr(), d_out, d_in, d_out,
-            prepared.weights[0], bank.ctypes.data,
-        )  # fmt: skip
+        deltas = torch.stack([x.float() @ A.mT @ B.mT for A, B in factors], dim=1)  # (tokens, slots, d_out)
+        expected = out.float() + (weight[..., None] * deltas).sum(dim=1)
+        _call(getattr(library, name), out, x, table, batch, 0)
         rtol, atol = (2e-2, 0.5) if dtype == torch.bfloat16 else (1e-4, 1e-3)
-        if failed or not torch.allclose(out.float(), expected, rtol=rtol, atol=atol):
+        if not torch.allclose(out.float(), expected, rtol=rtol, atol=atol):
             return False
     return True

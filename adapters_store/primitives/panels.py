@@ -1,8 +1,9 @@
-"""The order in which the native kernel goes through a batch: panels of tokens, in each the adapters, for each its tokens.
+"""In which order the native kernel goes through a batch: panels of tokens, in each its adapters, for each its tokens.
 
-A panel is what one thread works on at a time. Tokens stand in it by mix, so a long row has panels of its own, whose
-outputs stay in the cache; the tokens of rows that decode, one or a few per mix, share a panel, because there reading
-the adapters' factors is what costs. Results do not depend on it: a token's sums run in the order of its own adapters.
+A panel is what one thread works on at a time. A mix with many tokens has panels of its own: they use the same adapters,
+so each of their outputs is read and written once. Tokens of mixes that have few, such as those of decoding rows, share
+panels, so that an adapter's factors, which are what costs there, are read once for all who use it.
+Results do not depend on it: a token's sums run in the order of its own adapters.
 """
 
 from dataclasses import dataclass
@@ -13,8 +14,8 @@ import numpy.typing as npt
 from adapters_store.mixing import MixedBatch
 
 PANEL = 256  # tokens of a panel at most; PANEL in lowrank.c
-LONG = 64  # tokens of a panel of one mix
-FEW = 16  # tokens of a mix that is worth a panel of its own
+LONG = 64  # tokens of a panel of one mix at most
+FEW = 16  # tokens that are worth a panel of their own
 
 Table = npt.NDArray[np.int64]
 
@@ -60,8 +61,9 @@ def _cut(batch: MixedBatch, threads: int) -> tuple[Table, Table, Table, Table]:
     mix = batch.mix_of_token[tokens]
     at = np.arange(len(tokens))
     num_short = int(np.count_nonzero(key < len(is_long)))
-    room = min(PANEL, max(1, -(-num_short // threads)))
-    is_start = np.where(at < num_short, at % room, (at - np.searchsorted(key, key)) % LONG) == 0
+    short = min(PANEL, max(1, -(-num_short // threads)))
+    long = min(LONG, max(FEW, -(-(len(tokens) - num_short) // threads)))
+    is_start = np.where(at < num_short, at % short, (at - np.searchsorted(key, key)) % long) == 0
     return tokens, mix, np.flatnonzero(is_start), np.cumsum(is_start) - 1
 
 

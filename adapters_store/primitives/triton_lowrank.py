@@ -189,4 +189,5 @@ def add(out: Tensor, x: Tensor, table: Table, batch: MixedBatch, layer: int) -> 
 
 def splits_of(d_in: int) -> int:
     """Programs that share the sum over d_in inputs: a single token must not wait for one program to read all of A."""
-    return min(MAX_SPLITS, triton.next_power_of_2(triton.cdiv(d_in, 8 * BLOCK_IN)))
+    wanted: int = triton.next_power_of_2(triton.cdiv(d_in, 8 * BLOCK_IN))
+    return min(MAX_SPLITS, wanted)

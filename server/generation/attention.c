@@ -378,7 +378,7 @@ INLINE void attend_block(const int half, const task *t, int64_t head, int64_t p,
         for (int64_t v = 0; v < t->width; v++) s->mixed[h * t->width + v] *= fade;
     }
     for (int64_t i = 0; i < count; i++) {
-        int64_t first = t->start - (p + i) * PAGE, last = t->end - (p + i) * PAGE; /* tokens of the page that are seen */
+        int64_t first = t->start - (p + i) * PAGE, last = t->end - (p + i) * PAGE; /* tokens of the page it sees */
         mix_heads(half, t->heads, scores + i * PAGE, page_at(half, c->values, t->table[p + i], c->d_v, head, c),
                   first > 0 ? first : 0, last < PAGE ? last : PAGE, c->d_v, s->mixed, t->width,
                   keys_ahead(half, t, head, p, i), c->d * SIZE(half));

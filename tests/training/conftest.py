@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModel, BertConfig, BertTokenizerFast, GPT2Config
 
+from tests.training.decoders import FAMILIES, save_decoder, write_tasks
 from training.backbone import LoadedBackbone, load
 from training.config import FitConfig
 
@@ -96,5 +97,29 @@ def fit_config(bert_folder: Path, data_folder: Path, tmp_path: Path) -> Callable
             "batch_size": 16, "lr": 1e-2, "head_lr": 1e-2, "token_budget": 128, "threads": 1,
         }  # fmt: skip
         return FitConfig.model_validate(usual | changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def decoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny causal language models, by family."""
+    return {family: save_decoder(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def pairs_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("pairs"))
+
+
+@pytest.fixture
+def generate_config(
+    fit_config: Callable[..., FitConfig], decoders: dict[str, Path], pairs_folder: Path
+) -> Callable[..., FitConfig]:
+    """Makes settings of a short run of generating tasks on the tiny Llama, or on another `family`."""
+
+    def make(family: str = "llama", **changes: object) -> FitConfig:
+        usual: dict[str, object] = {"data": pairs_folder, "backbone": str(decoders[family])}
+        return fit_config(**(usual | changes))
 
     return make

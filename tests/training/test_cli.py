@@ -11,7 +11,7 @@ from training.cli import app
 from training.config import FitConfig
 from training.fit import fit
 
-COMMANDS = ["fit", "publish", "relate", "evaluate", "demo"]
+COMMANDS = ["fit", "publish", "relate", "evaluate", "demo", "styles"]
 
 
 def run(*arguments: str) -> Result:
@@ -25,13 +25,13 @@ def test_help_has_an_example_and_says_what_every_flag_does(command: str) -> None
     assert found.exit_code == 0
     assert f"espalier-train {command}" in found.stdout
     assert "--config" in found.stdout
-    assert "--token-budget" in found.stdout or command == "publish"
+    assert "--token-budget" in found.stdout or command in ("publish", "styles")
 
 
 def test_every_setting_has_a_description() -> None:
     from training import config
 
-    for name in ("FitConfig", "RelateConfig", "PublishConfig", "EvaluateConfig", "DemoConfig"):
+    for name in ("FitConfig", "RelateConfig", "PublishConfig", "EvaluateConfig", "DemoConfig", "StylesConfig"):
         for field, info in getattr(config, name).model_fields.items():
             assert info.description, f"{name}.{field}"
 

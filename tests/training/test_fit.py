@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from adapters_store.kinds import KINDS
-from training import export
+from tests.training.alone import logits_alone
 from training import fit as fit_module
 from training.backbone import LoadedBackbone, load
 from training.config import FitConfig
@@ -17,7 +17,7 @@ from training.errors import DivergedError, RunError
 from training.export import read
 from training.fit import fit
 from training.run import Run
-from training.step import Part, backward, micro_batches, score
+from training.step import backward, micro_batches, score
 from training.tasks import read_tasks
 
 MakeConfig = Callable[..., FitConfig]
@@ -130,7 +130,7 @@ def test_a_loss_that_is_no_number_names_the_task(fit_config: MakeConfig, monkeyp
     def poisoned(config: FitConfig) -> object:
         tasks, backbone, states = real(config)
         with torch.no_grad():
-            states[1].adapter.head["bias"].fill_(float("nan"))
+            states[1].adapter.objective.tensors()["bias"].fill_(float("nan"))
         return tasks, backbone, states
 
     monkeypatch.setattr(fit_module, "prepare", poisoned)
@@ -164,7 +164,7 @@ def test_a_bfloat16_backbone_trains_float32_adapters_with_float32_golden_logits(
     manifest, adapter = read(run.adapters / "books")
     assert manifest.backbone.dtype == "bfloat16"
     assert {tensor.dtype for entry in adapter.entries for tensor in entry.tensors.values()} == {torch.float32}
-    again = export.logits(load(fit_config().backbone), adapter, [example.text for example in manifest.golden])
+    again = logits_alone(load(fit_config().backbone), adapter, [example.text for example in manifest.golden])
     torch.testing.assert_close(again, torch.tensor([example.logits for example in manifest.golden]))
 
 
@@ -177,7 +177,7 @@ def test_patience_stops_a_task_early(fit_config: MakeConfig) -> None:
 def test_nothing_stays_in_the_sites_after_a_step(fit_config: MakeConfig) -> None:
     _, backbone, states = fit_module.prepare(fit_config())
     backward(backbone.encoder, [state.next_part() for state in states], 64)
-    score(backbone.encoder, [Part(state.slot, state.adapter, state.dev) for state in states], 64)
+    score(backbone.encoder, [state.dev_part() for state in states], 64)
 
     assert all(not bank.slots for site in backbone.encoder.sites.values() for bank in site.banks.values())
 

@@ -9,6 +9,7 @@ import torch
 from adapters_store.mixing import Mix
 from adapters_store.primitives import head as head_primitive
 from adapters_store.store import AdapterStore
+from tests.training.alone import logits_alone
 from training import export
 from training.backbone import LoadedBackbone
 from training.config import EvaluateConfig, FitConfig, PublishConfig, RelateConfig
@@ -101,7 +102,7 @@ def test_relate_then_evaluate_by_the_graph(
     assert [(o.task, o.mode) for o in outcomes] == [
         (task, mode) for mode in ("none", "single", "prior") for task in ("books", "films", "intent")
     ]
-    single = {o.task: o.accuracy for o in outcomes if o.mode == "single"}
+    single = {o.task: o.scores["accuracy"] for o in outcomes if o.mode == "single"}
     assert single["intent"] > 0.8
     assert {o.graph_version for o in outcomes if o.mode == "prior"} == {1}
     assert len(out.read_text().splitlines()) == 9
@@ -119,9 +120,9 @@ def test_single_accuracy_is_that_of_the_adapter_alone(
 
     task = read_task(data_folder / "films")
     _, adapter = export.read(run.adapters / "films")
-    found = export.logits(backbone, adapter, [example.text for example in task.test]).argmax(dim=-1).tolist()
+    found = logits_alone(backbone, adapter, [example.text for example in task.test]).argmax(dim=-1).tolist()
     right = sum(one == other for one, other in zip(found, task.targets(task.test), strict=True))
-    assert {o.task: o.accuracy for o in outcomes}["films"] == pytest.approx(right / len(task.test))
+    assert {o.task: o.scores["accuracy"] for o in outcomes}["films"] == pytest.approx(right / len(task.test))
 
 
 def test_evaluating_an_empty_store_says_so(data_folder: Path, tmp_path: Path) -> None:

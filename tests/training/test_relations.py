@@ -14,21 +14,21 @@ from adapters_store.kinds import kind
 from adapters_store.primitives import Entry
 from adapters_store.sites import Sites
 from adapters_store.store import AdapterStore
+from tests.training.alone import logits_alone
 from training.backbone import LoadedBackbone
 from training.config import FitConfig, PublishConfig, RelateConfig
 from training.errors import ConfigError
 from training.fit import fit
+from training.objectives import Asked, Labels, begin
 from training.progress import bar
 from training.publish import publish
 from training.relate import relate
 from training.relations import embedding, heatmap, weights
 from training.relations.evidence import evidence
-from training.relations.fuse import agreement, fuse, rank_normalise, shares, strongest, with_negatives
-from training.relations.transfer import Transfer, measure
+from training.relations.transfer import measure
 from training.run import Run
-from training.step import Texts
 from training.tasks import read_tasks
-from training.trainable import HeadChoice, TrainableAdapter
+from training.trainable import TrainableAdapter
 
 
 def random_adapters(sites: Sites, name: str, **config: object) -> list[Adapter]:
@@ -121,93 +121,31 @@ def test_transfer_is_the_change_in_log_likelihood_under_another_adapter(
 ) -> None:
     sites = backbone.encoder.sites
     tasks = read_tasks(data_folder)
-    choice = HeadChoice("mean", 32)
     trained = [
-        TrainableAdapter(task, kind("lora"), kind("lora").Config(), sites, choice, k) for k, task in enumerate(tasks)
+        TrainableAdapter(kind("lora"), kind("lora").Config(), sites, begin(task, backbone, 32, "mean", k), k)
+        for k, task in enumerate(tasks)
     ]
     for k, one in enumerate(trained):
         torch.manual_seed(k)
         one.load({name: tensor + torch.randn_like(tensor) / 4 for name, tensor in one.copy().items()})
     adapters = [one.adapter() for one in trained]
-    dev = [Texts(backbone.encode([e.text for e in t.dev], 32), t.targets(t.dev)) for t in tasks]
+    heads = [Labels(backbone, adapter.head) for adapter in adapters]
+    dev = [Asked(head, head.texts(task.dev), None) for head, task in zip(heads, tasks, strict=True)]
 
     with bar(3, "test") as shown:
         found = measure(backbone.encoder, adapters, dev, 64, shown)
-
-    from training import export
 
     for i, task in enumerate(tasks):
         targets = torch.tensor(task.targets(task.dev))
         texts = [example.text for example in task.dev]
         for j in range(3):
             under, base = (
-                export.logits(backbone, Adapter(entries, adapters[i].head), texts).log_softmax(-1)
+                logits_alone(backbone, Adapter(entries, adapters[i].head), texts).log_softmax(-1)
                 for entries in (adapters[j].entries, [])
             )
             change = (under - base).gather(1, targets[:, None])[:, 0]
             assert found.change[i, j] == pytest.approx(float(change.mean()), abs=1e-5)
             assert found.error[i, j] == pytest.approx(float(change.std()) / len(texts) ** 0.5, abs=1e-5)
-
-
-def test_ranks_ignore_scale_and_keep_order() -> None:
-    generator = np.random.default_rng(0)
-    view = generator.normal(size=(5, 5))
-
-    ranked = rank_normalise(view)
-
-    off = ~np.eye(5, dtype=bool)
-    np.testing.assert_allclose(ranked, rank_normalise(np.exp(3 * view) - 7))
-    assert ranked[off].min() == 0
-    assert ranked[off].max() == 1
-    assert (np.argsort(ranked[off]) == np.argsort(view[off])).all()
-    assert (np.diagonal(ranked) == 1).all()
-    assert (rank_normalise(np.ones((3, 3)))[~np.eye(3, dtype=bool)] == 0.5).all()
-
-
-def test_fusion_is_the_weighted_mean_of_ranked_views() -> None:
-    generator = np.random.default_rng(0)
-    views = {"a": generator.normal(size=(4, 4)), "b": generator.normal(size=(4, 4))}
-
-    by_view = shares(["a", "b"], {"a": 3})
-
-    assert by_view == {"a": 0.75, "b": 0.25}
-    fused = fuse(views, by_view)
-    np.testing.assert_allclose(fused, 0.75 * rank_normalise(views["a"]) + 0.25 * rank_normalise(views["b"]))
-    np.testing.assert_allclose(fuse({"a": views["a"]}, {"a": 1.0}), rank_normalise(views["a"]))
-
-
-def test_only_clearly_negative_transfer_becomes_a_negative_edge() -> None:
-    change = np.array([[0.5, -0.8, -0.1], [0.2, 0.4, -0.4], [0.0, 0.1, 0.3]])
-    transfer = Transfer(change, np.full((3, 3), 0.1), np.zeros((3, 3)))
-    relations = np.full((3, 3), 0.6)
-
-    found = with_negatives(relations, transfer)
-
-    assert found[0, 1] == -1
-    assert found[1, 2] == -0.5
-    assert found[0, 2] == 0.6  # within two standard errors of zero
-
-
-def test_strongest_keeps_the_largest_and_the_negative() -> None:
-    relations = np.array([[1, 0.9, 0.2, -0.5], [0.1, 1, 0.3, 0.2], [0.5, 0.5, 1, 0.5], [-1, -1, -1, 1]])
-
-    kept = strongest(relations, 1)
-
-    assert kept[0].tolist() == [1, 0.9, 0, -0.5]
-    assert kept[1].tolist() == [0, 1, 0.3, 0]
-    assert (kept[2] > 0).sum() == 2
-    assert kept[3].tolist() == [-1, -1, -1, 1]
-    assert (strongest(relations, None) == relations).all()
-
-
-def test_agreement_is_spearmans_rank_correlation() -> None:
-    measured = np.arange(16.0).reshape(4, 4)
-
-    found = agreement({"same": measured**3, "reversed": -measured, "constant": np.ones((4, 4))}, measured)
-
-    assert found["same"] == pytest.approx(1)
-    assert found["reversed"] == pytest.approx(-1)
-    assert found["constant"] is None
 
 
 def test_evidence_is_the_deviation_of_a_layer_from_the_mean() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from training.errors import DataError
-from training.tasks import Example, Sampling, read_task, read_tasks, sample
+from training.examples import Example, Pair
+from training.tasks import Sampling, read_task, read_tasks, sample
 
 
 def rows(count: int, labels: tuple[str, ...] = ("no", "yes")) -> list[tuple[str, str]]:
@@ -128,6 +129,68 @@ def test_a_bad_line_is_named_with_file_number_and_what_was_expected(tmp_path: Pa
 
     assert "train.jsonl:5: expected" in str(caught.value)
     assert found in str(caught.value)
+
+
+def write_pairs(file: Path, some: list[tuple[str, str]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps({"prompt": a, "completion": b}) + "\n" for a, b in some))
+
+
+def test_prompts_with_completions_are_a_task_without_labels(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "t" / "train.jsonl", [("one", f" {i}") for i in range(20)] + [("one", " 3"), ("", " 4")])
+    write_pairs(tmp_path / "t" / "test.jsonl", [("one", " 5")])
+
+    task = read_task(tmp_path / "t")
+
+    assert task.generates
+    assert task.labels == ()
+    assert len(task.train) + len(task.dev) == 20  # without the repeated one and the one in test
+    assert Pair("one", " 5") not in task.train + task.dev
+    assert Pair("", " 4") in task.train + task.dev
+    assert read_task(tmp_path / "t", Sampling(dev_fraction=0)).digest != task.digest
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("{", "not JSON"),
+        ('{"prompt": "x"}', "found keys ['prompt']"),
+        ('{"prompt": "x", "completion": ""}', "not empty as completion, found keys ['completion', 'prompt']"),
+        ('{"prompt": null, "completion": "y"}', "found keys"),
+        ('{"text": "x", "label": "y"}', "all lines of a task are of one sort, found keys ['label', 'text']"),
+        ('{"text": "x", "label": "y", "prompt": "x", "completion": "y"}', "of one sort"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_bad_line_among_pairs_is_named(tmp_path: Path, line: str, found: str, split: str) -> None:
+    for name in ("train", "test"):
+        write_pairs(tmp_path / "t" / f"{name}.jsonl", [(f"{name} {i}", " y") for i in range(4)])
+    with (tmp_path / "t" / f"{split}.jsonl").open("a") as file:
+        file.write(line + "\n")
+
+    with pytest.raises(DataError) as caught:
+        read_task(tmp_path / "t")
+
+    assert f'{split}.jsonl:5: expected {{"prompt": "…", "completion": "…"}}' in str(caught.value)
+    assert found in str(caught.value)
+
+
+def test_a_first_line_may_be_of_either_sort_and_the_error_says_so(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "t" / "train.jsonl", [("a", "")])
+
+    with pytest.raises(DataError, match=r'"label": "…"} or {"prompt": "…", "completion": "…"} with a string as text'):
+        read_task(tmp_path / "t")
+
+
+def test_a_task_with_completions_has_no_labels_and_is_not_empty(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "t" / "train.jsonl", [("a", "b")])
+    (tmp_path / "t" / "task.toml").write_text("[labels]\nyes = 'y'")
+    with pytest.raises(DataError, match=r"leave \[labels\] out"):
+        read_task(tmp_path / "t")
+    (tmp_path / "t" / "task.toml").unlink()
+    write_pairs(tmp_path / "t" / "dev.jsonl", [("a", "b")])
+    with pytest.raises(DataError, match="none is left"):
+        read_task(tmp_path / "t")
 
 
 def test_other_mistakes_say_what_to_do(tmp_path: Path) -> None:
