@@ -101,7 +101,8 @@ def publish(
     given, adapter = read_folder(folder)
     published = AdapterStore(store).publish(
         adapter, name=name, task=task, kind=given.kind, backbone=given.backbone, hyperparameters=given.hyperparameters,
-        metrics=given.metrics, provenance=given.provenance, golden=given.golden, generation=given.generation, alias=alias, actor=actor(),
+        metrics=given.metrics, provenance=given.provenance, golden=given.golden,
+        generation=given.generation, alias=alias, actor=actor(),
     )  # fmt: skip
     typer.echo(f"published {published.reference} {published.digest}" + (f", {alias} points at it" if alias else ""))
 

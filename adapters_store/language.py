@@ -14,6 +14,7 @@ from adapters_store.encoder import Encoder, Rows
 from adapters_store.errors import UnsupportedError
 from adapters_store.mixing import Mix
 from adapters_store.packing import packed
+from adapters_store.places import in_eval
 
 
 class LanguageModel:
@@ -21,7 +22,7 @@ class LanguageModel:
 
     def __init__(self, model: nn.Module, *, pad_id: int = 0, keeps_reference: bool = False) -> None:
         """model: an AutoModelForCausalLM. Raises UnsupportedError, naming the family, if its logits are not ours."""
-        causal: Any = model
+        causal: Any = in_eval(model)
         self.model = model
         self.encoder = Encoder(causal.base_model, pad_id=pad_id, keeps_reference=keeps_reference)
         self._projection: nn.Module = causal.get_output_embeddings()

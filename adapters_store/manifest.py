@@ -65,6 +65,7 @@ class GenerationSpec(_Strict):
     """How a task that answers with text is asked, where a request does not say."""
 
     max_tokens: int = Field(ge=1, description="tokens of an answer at most")
+    stop: tuple[str, ...] = Field((), max_length=16, description="an answer ends before the first of these")
 
 
 class GoldenExample(_Strict):

@@ -103,8 +103,14 @@ def _wanted(
         raise BadInputError(f"logit_bias: token {beyond[0]} is none of this backbone's {generator.vocab_size}")
     left = max(1, generator.max_length - len(ids))
     token_ids = frozenset(body.stop_token_ids or ())
-    stopping = Stopping(limit or min(default, left), body.stops, token_ids, bool(body.ignore_eos))
+    stops = body.stops if body.stop is not None or body.ignore_eos else _usual_stops(composed)
+    stopping = Stopping(limit or min(default, left), stops, token_ids, bool(body.ignore_eos))
     return Wanted(ids, composed, _sampling(body, logprobs), stopping, body.n or 1)
+
+
+def _usual_stops(composed: Composed) -> tuple[str, ...]:
+    """Where the asked task's texts end, as it was trained: beside the end of text, which the engine knows."""
+    return composed.own.generation.stop if composed.own and composed.own.generation else ()
 
 
 def _sampling(body: Generate, logprobs: int | None) -> Sampling:

@@ -50,7 +50,9 @@ class TextOptions(_Strict):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="0: off")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: list[Annotated[str, Field(min_length=1, max_length=200)]] = Field([], max_length=16)
+    stop: list[Annotated[str, Field(min_length=1, max_length=200)]] | None = Field(
+        None, max_length=16, description="a text ends before the first of these; if not given, as the task was trained"
+    )
 
 
 class Options(_Strict):

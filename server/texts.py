@@ -43,7 +43,8 @@ def _wanted(service: Service, prompt: str, composed: Composed, options: TextOpti
     """A prompt whose answer is as long as asked for; as the task was trained, where that fits the context."""
     ids = prompt_ids(service.backbone.tokenizer, prompt)
     room = generator_of(service).max_length - len(ids)
-    usual = composed.own.generation.max_tokens if composed.own and composed.own.generation else MAX_TOKENS
-    max_tokens = options.max_tokens or max(1, min(usual, room))
+    usual = composed.own.generation if composed.own else None
+    max_tokens = options.max_tokens or max(1, min(usual.max_tokens if usual else MAX_TOKENS, room))
+    stop = usual.stop if usual and options.stop is None else options.stop or ()
     sampling = Sampling(options.temperature, options.top_p, options.top_k, seed=options.seed)
-    return Wanted(ids, composed, sampling, Stopping(max_tokens, tuple(options.stop)))
+    return Wanted(ids, composed, sampling, Stopping(max_tokens, tuple(stop)))

@@ -71,7 +71,6 @@ def load(
     transformers_logging.disable_progress_bar()
     folder = locate(name)
     model, tokenizer = _from_folder(folder, dtype, generates)
-    model.requires_grad_(False)  # also what stands outside the encoder: a language model's own head
     pad = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
     language = LanguageModel(model.to(device), pad_id=pad) if generates else None
     encoder = language.encoder if language else Encoder(model.to(device), pad_id=pad)

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from adapters_store.manifest import Backbone
+from adapters_store.manifest import Backbone, GenerationSpec
 from training import checkpoint, curve, export, loop, step
 from training.backbone import LoadedBackbone, load
 from training.config import FitConfig
@@ -108,9 +108,15 @@ def _export(
         metrics=_metrics(state),
         provenance={"data_digest": task.digest, "seed": config.seed, "versions": versions(), "run": run.folder.name},
         golden=export.golden(backbone, adapter, task),
-        generation=state.adapter.objective.generation([state.train, state.dev]),
+        generation=_generation(task, state),
     )
     export.write(run.adapters / task.name, manifest, adapter)
+
+
+def _generation(task: Task, state: TaskState) -> GenerationSpec | None:
+    """How a server should ask the task: as its texts suggest and as task.toml says."""
+    spec = state.adapter.objective.generation([state.train, state.dev])
+    return spec and spec.model_copy(update={"stop": task.stop})
 
 
 def _metrics(state: TaskState) -> dict[str, float]:

@@ -4,7 +4,7 @@ Each task ends the same kind of story in its own style: `cheerful` (sun and laug
 or `magical` (fairies and magic words). All three then go home to Mom, so that each adapter is some help to the others.
 The texts are made from the templates and words below and stay within what children's stories say, so that a model as
 small as 260,000 parameters learns them in a minute. Openings are drawn for each task anew; no opening of train is in
-its dev or test. A completion ends with a line break, which a request can name as `stop`: the end-of-text token of that
+its dev or test. A completion ends with a line break, which task.toml names as `stop`: the end-of-text token of that
 model shares its embedding with some 170 tokens that it never saw in training, and an adapter cannot tell them apart.
 """
 
@@ -93,7 +93,7 @@ def _write(folder: Path, config: StylesConfig) -> None:
     splits = {"train": rows[2 * held_out :], "dev": rows[:held_out], "test": rows[held_out : 2 * held_out]}
     for split, part in splits.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    (folder / "task.toml").write_text(f'description = "{_ABOUT[folder.name]}"\nfamily = "styles"\n')
+    (folder / "task.toml").write_text(f'description = "{_ABOUT[folder.name]}"\nfamily = "styles"\nstop = ["\\n"]\n')
 
 
 def _rows(style: str, count: int, chance: random.Random) -> list[dict[str, str]]:

@@ -2,9 +2,9 @@
 
 A task classifies, one {"text": …, "label": …} per line, or generates, one {"prompt": …, "completion": …} per line.
 `task.toml` (optional) has `description`, `family` and, if it classifies, a table `[labels]` of label texts, whose order
-is the order of the labels. `meta.json` (optional) may list train rows to leave out, as
-`train_rows_whose_text_is_also_in_test`, counted from 0. Texts (prompts together with their completions) that occur
-twice in train, or in train and in dev or test, are left out of train in any case.
+is the order of the labels; if it generates, a list `stop` of texts before which an answer ends. `meta.json` (optional)
+may list train rows to leave out, as `train_rows_whose_text_is_also_in_test`, counted from 0. Texts (prompts together
+with their completions) that occur twice in train, or in train and in dev or test, are left out of train in any case.
 """
 
 import json
@@ -12,8 +12,9 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapters_store.errors import InvalidNameError
 from adapters_store.manifest import canonical_json, digest_of
@@ -43,11 +44,15 @@ class TaskFile(BaseModel):
     description: str = ""
     family: str = ""
     labels: dict[str, str] = {}
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), max_length=16)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task and its three splits; dev and test may be empty. labels: none if it generates."""
+    """One task and its three splits; dev and test may be empty. labels: none if it generates.
+
+    stop: texts before which an answer ends, for models that learn no end of text.
+    """
 
     name: str
     labels: tuple[str, ...]
@@ -57,6 +62,7 @@ class Task:
     description: str = ""
     family: str = ""
     label_texts: tuple[tuple[str, str], ...] = ()
+    stop: tuple[str, ...] = ()
 
     @property
     def generates(self) -> bool:
@@ -102,7 +108,7 @@ def read_task(folder: Path, sampling: Sampling = Sampling()) -> Task:
         train = sample(train, sampling.examples, sampling.seed, name, "train")
     _check(folder, about, train, sort)
     texts = tuple(about.labels.items())
-    return Task(name, labels, train, dev, test, about.description, about.family, texts)
+    return Task(name, labels, train, dev, test, about.description, about.family, texts, about.stop)
 
 
 def _check(folder: Path, about: TaskFile, train: Split, sort: Sort | None) -> None:

@@ -8,24 +8,47 @@
  *
  * A token's sums run in one fixed order, over its own adapters in the order of slots, over the columns and ranks of
  * each, and on from y itself, in whatever company and panel it is. So a row never sees its neighbours, bit for bit.
+ * That is why products and sums are fused by name or not at all (-ffp-contract=off): a compiler left to choose does it
+ * for two tokens and not for one.
  * Sums are float32; x and y are float32 or bfloat16. Plain C with GCC/Clang vector types, so any CPU with vectors
  * profits; lowrank_bf16.c has the products for processors that multiply bfloat16. Called through ctypes (native.py).
  */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __FMA__
+#include <immintrin.h>
+#endif
 
 #define PANEL 256     /* tokens of a panel at most; PANEL in panels.py */
 #define AT_ONCE 4     /* tokens that share one reading of a factor from the first-level cache */
-#define LANES 16      /* floats of one vector */
 #define CHUNK 128     /* columns of y worked on at a time: 16 rows of B as long stay in the first-level cache */
 #define STRIP 512     /* columns of y kept in float32 while they are summed, where y cannot hold sums */
 #define FETCHED 65536 /* bytes of the next adapter's A asked for ahead; what is longer the processor foresees */
 
-typedef float v16 __attribute__((vector_size(64), aligned(4)));
-typedef float v8 __attribute__((vector_size(32), aligned(4)));
-typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2)));
+/* Floats of one vector: longer than the processor's, the compiler would take them apart through memory. */
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+typedef float floats __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float floats8 __attribute__((vector_size(32), aligned(4)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
+
+/* sum + a * b */
+#ifdef __AVX512F__
+#define FUSED(a, b, sum) ((floats)_mm512_fmadd_ps((__m512)(a), _mm512_set1_ps(b), (__m512)(sum)))
+#elif defined(__FMA__)
+#define FUSED(a, b, sum) ((floats)_mm256_fmadd_ps((__m256)(a), _mm256_set1_ps(b), (__m256)(sum)))
+#else
+#define FUSED(a, b, sum) ((sum) + (a) * (b))
+#endif
+#define FUSED8(a, b, sum) ((floats8)_mm256_fmadd_ps((__m256)(a), _mm256_set1_ps(b), (__m256)(sum)))
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8") /* loops over sums: unrolled so early that the sums live in registers */
@@ -88,83 +111,86 @@ typedef struct {
     int half_factors; /* and so are the factors, in pairs (lowrank_bf16.c); otherwise x is copied to float32 first */
 } arithmetic;
 
-/* ---- bfloat16 as it is stored ---- */
+/* ---- vectors of y, of which bfloat16 is only a way to be stored ---- */
 
-INLINE v16 load_bf16(const uint16_t *from) {
-    return (v16)(__builtin_convertvector(*(const u16x16 *)from, u32x16) << 16);
+/* The first n of LANES, zeros behind them. */
+INLINE floats load(const float *from, int64_t n) {
+    if (n == LANES) return *(const floats *)from;
+    floats some = {0};
+    memcpy(&some, from, 4 * (size_t)n);
+    return some;
 }
 
-INLINE float widen(uint16_t half) {
-    uint32_t bits = (uint32_t)half << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
+INLINE void store(float *to, int64_t n, floats value) {
+    if (n == LANES) *(floats *)to = value;
+    else memcpy(to, &value, 4 * (size_t)n);
+}
+
+INLINE floats load_bf16(const uint16_t *from, int64_t n) {
+    halves some = {0};
+    if (n == LANES) some = *(const halves *)from;
+    else memcpy(&some, from, 2 * (size_t)n);
+    return (floats)(__builtin_convertvector(some, words) << 16);
 }
 
 /* Round to nearest, ties to even; what was bfloat16 comes back as it was. */
-INLINE void store_bf16(uint16_t *to, v16 value) {
-    u32x16 bits = (u32x16)value;
+INLINE void store_bf16(uint16_t *to, int64_t n, floats value) {
+    words bits = (words)value;
     bits += 0x7fff + ((bits >> 16) & 1);
-    *(u16x16 *)to = __builtin_convertvector(bits >> 16, u16x16);
-}
-
-INLINE uint16_t narrow(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    halves rounded = __builtin_convertvector(bits >> 16, halves);
+    if (n == LANES) *(halves *)to = rounded;
+    else memcpy(to, &rounded, 2 * (size_t)n);
 }
 
 static void widen_row(const uint16_t *from, int64_t columns, float *to) {
     int64_t c = 0;
-    for (; c + LANES <= columns; c += LANES) *(v16 *)(to + c) = load_bf16(from + c);
-    for (; c < columns; c++) to[c] = widen(from[c]);
+    for (; c + LANES <= columns; c += LANES) store(to + c, LANES, load_bf16(from + c, LANES));
+    if (c < columns) store(to + c, columns - c, load_bf16(from + c, columns - c));
 }
 
 static void narrow_row(const float *from, int64_t columns, uint16_t *to) {
     int64_t c = 0;
-    for (; c + LANES <= columns; c += LANES) store_bf16(to + c, *(const v16 *)(from + c));
-    for (; c < columns; c++) to[c] = narrow(from[c]);
+    for (; c + LANES <= columns; c += LANES) store_bf16(to + c, LANES, load(from + c, LANES));
+    if (c < columns) store_bf16(to + c, columns - c, load(from + c, columns - c));
 }
 
 /* ---- the products with factors in float32 ---- */
 
-/* `tokens` is a compile-time constant here and below. A few sums, each of every few columns, because one chain of
- * additions would wait for itself where a single token is served; as many as there are registers for. */
-#ifdef __AVX512F__
-#define SUMS 4
-#else
-#define SUMS 2
-#endif
-#define TOTAL(sum, t) (SUMS == 4 ? (sum[0][t] + sum[1][t]) + (sum[SUMS - 2][t] + sum[SUMS - 1][t]) : sum[0][t] + sum[1][t])
-#define SHRINK(NAME, VECTOR)                                                                                         \
+/* `tokens` is a compile-time constant here and below. Four sums, each of every fourth column, because one chain of
+ * additions would wait for itself where a single token is served. */
+#define SHRINK(NAME, VECTOR, FUSED)                                                                                  \
     INLINE void NAME(int tokens, const void *const *x, int64_t d_in, const float *a, int64_t lanes,                  \
                      const float *weights, float *hidden) {                                                          \
         const float *rows[AT_ONCE];                                                                                  \
-        VECTOR sum[SUMS][AT_ONCE], all[AT_ONCE];                                                                        \
+        VECTOR sum[4][AT_ONCE], all[AT_ONCE];                                                                        \
         UNROLL for (int t = 0; t < tokens; t++) rows[t] = x[t];                                                      \
-        UNROLL for (int s = 0; s < SUMS; s++) UNROLL for (int t = 0; t < tokens; t++) sum[s][t] = (VECTOR){0};          \
+        UNROLL for (int s = 0; s < 4; s++) UNROLL for (int t = 0; t < tokens; t++) sum[s][t] = (VECTOR){0};          \
         int64_t i = 0;                                                                                               \
-        for (; i + SUMS <= d_in; i += SUMS)                                                                                \
-            UNROLL for (int s = 0; s < SUMS; s++) {                                                                     \
+        for (; i + 4 <= d_in; i += 4)                                                                                \
+            UNROLL for (int s = 0; s < 4; s++) {                                                                     \
                 VECTOR row = *(const VECTOR *)(a + (i + s) * lanes);                                                 \
-                UNROLL for (int t = 0; t < tokens; t++) sum[s][t] += row * rows[t][i + s];                           \
+                UNROLL for (int t = 0; t < tokens; t++) sum[s][t] = FUSED(row, rows[t][i + s], sum[s][t]);           \
             }                                                                                                        \
-        UNROLL for (int t = 0; t < tokens; t++) all[t] = TOTAL(sum, t);          \
+        UNROLL for (int t = 0; t < tokens; t++) all[t] = (sum[0][t] + sum[1][t]) + (sum[2][t] + sum[3][t]);          \
         for (; i < d_in; i++) {                                                                                      \
             VECTOR row = *(const VECTOR *)(a + i * lanes);                                                           \
-            UNROLL for (int t = 0; t < tokens; t++) all[t] += row * rows[t][i];                                      \
+            UNROLL for (int t = 0; t < tokens; t++) all[t] = FUSED(row, rows[t][i], all[t]);                         \
         }                                                                                                            \
         UNROLL for (int t = 0; t < tokens; t++) *(VECTOR *)(hidden + t * lanes) = all[t] * weights[t];               \
     }
-SHRINK(shrink16, v16)
-SHRINK(shrink8, v8)
+SHRINK(shrink_lanes, floats, FUSED)
+#if LANES > 8
+SHRINK(shrink8, floats8, FUSED8)
+#else
+#define shrink8 shrink_lanes
+#endif
 
 INLINE void shrink_some(int tokens, const void *const *x, int64_t d_in, const entry *adapter, const float *weights,
                         float *hidden) {
-    if (adapter->lanes == 8) shrink8(tokens, x, d_in, adapter->a, 8, weights, hidden);
+    if (LANES > 8 && adapter->lanes == 8) shrink8(tokens, x, d_in, adapter->a, 8, weights, hidden);
     else
         for (int64_t j = 0; j < adapter->lanes; j += LANES)
-            shrink16(tokens, x, d_in, (const float *)adapter->a + j, adapter->lanes, weights, hidden + j);
+            shrink_lanes(tokens, x, d_in, (const float *)adapter->a + j, adapter->lanes, weights, hidden + j);
 }
 
 static void shrink(int64_t tokens, const void *const *x, int64_t d_in, const entry *adapter, const float *weights,
@@ -175,48 +201,36 @@ static void shrink(int64_t tokens, const void *const *x, int64_t d_in, const ent
     else shrink_some(1, x, d_in, adapter, weights, hidden);
 }
 
-/* The columns c .. c + 16 * vectors. */
-INLINE void expand_vectors(int half, int tokens, int vectors, char *const *y, int64_t c, const addends *add) {
-    v16 sum[AT_ONCE][8];
+/* From column c on as many vectors, each of n columns: LANES, or fewer in the last one of a ragged row. */
+INLINE void expand_vectors(int half, int tokens, int vectors, int64_t n, char *const *y, int64_t c,
+                           const addends *add) {
+    floats sum[AT_ONCE][8];
     UNROLL for (int t = 0; t < tokens; t++)
         UNROLL for (int v = 0; v < vectors; v++)
-            sum[t][v] = half ? load_bf16((const uint16_t *)y[t] + c + v * LANES)
-                             : *(const v16 *)((const float *)y[t] + c + v * LANES);
+            sum[t][v] = half ? load_bf16((const uint16_t *)y[t] + c + v * LANES, n)
+                             : load((const float *)y[t] + c + v * LANES, n);
     for (const part *p = add->parts; p < add->parts + add->num_parts; p++) {
         int64_t rank = p->adapter->rank, lanes = p->adapter->lanes;
         const float *b = (const float *)p->adapter->b + add->shift + c, *hidden = p->hidden + add->at * lanes;
         for (int64_t j = 0; j < rank; j++)
             UNROLL for (int v = 0; v < vectors; v++) {
-                v16 row = *(const v16 *)(b + j * add->d_out + v * LANES);
-                UNROLL for (int t = 0; t < tokens; t++) sum[t][v] += row * hidden[t * lanes + j];
+                floats row = load(b + j * add->d_out + v * LANES, n);
+                UNROLL for (int t = 0; t < tokens; t++) sum[t][v] = FUSED(row, hidden[t * lanes + j], sum[t][v]);
             }
     }
     UNROLL for (int t = 0; t < tokens; t++)
         UNROLL for (int v = 0; v < vectors; v++) {
-            if (half) store_bf16((uint16_t *)y[t] + c + v * LANES, sum[t][v]);
-            else *(v16 *)((float *)y[t] + c + v * LANES) = sum[t][v];
+            if (half) store_bf16((uint16_t *)y[t] + c + v * LANES, n, sum[t][v]);
+            else store((float *)y[t] + c + v * LANES, n, sum[t][v]);
         }
-}
-
-INLINE void expand_column(int half, int tokens, char *const *y, int64_t c, const addends *add) {
-    for (int t = 0; t < tokens; t++) {
-        float sum = half ? widen(((const uint16_t *)y[t])[c]) : ((const float *)y[t])[c];
-        for (const part *p = add->parts; p < add->parts + add->num_parts; p++) {
-            const float *b = (const float *)p->adapter->b + add->shift + c;
-            const float *hidden = p->hidden + (add->at + t) * p->adapter->lanes;
-            for (int64_t j = 0; j < p->adapter->rank; j++) sum += b[j * add->d_out] * hidden[j];
-        }
-        if (half) ((uint16_t *)y[t])[c] = narrow(sum);
-        else ((float *)y[t])[c] = sum;
-    }
 }
 
 INLINE void expand_some(int half, int tokens, char *const *y, int64_t c, int64_t end, const addends *add) {
     if (tokens <= 2)
-        for (; c + 8 * LANES <= end; c += 8 * LANES) expand_vectors(half, tokens, 8, y, c, add);
-    for (; c + 4 * LANES <= end; c += 4 * LANES) expand_vectors(half, tokens, 4, y, c, add);
-    for (; c + LANES <= end; c += LANES) expand_vectors(half, tokens, 1, y, c, add);
-    for (; c < end; c++) expand_column(half, tokens, y, c, add);
+        for (; c + 8 * LANES <= end; c += 8 * LANES) expand_vectors(half, tokens, 8, LANES, y, c, add);
+    for (; c + 4 * LANES <= end; c += 4 * LANES) expand_vectors(half, tokens, 4, LANES, y, c, add);
+    for (; c + LANES <= end; c += LANES) expand_vectors(half, tokens, 1, LANES, y, c, add);
+    if (c < end) expand_vectors(half, tokens, 1, end - c, y, c, add);
 }
 
 static void expand(int64_t tokens, int half, char *const *y, int64_t c, int64_t end, const addends *add) {

@@ -5,7 +5,6 @@
  * and weight * A x are bfloat16, as they are in the backbone's own product. A part's hidden holds lanes / 2 pairs for
  * each use, at the beginning of its lanes.
  */
-#include <immintrin.h>
 
 /* Two neighbours of a row as one number, to be spread over all lanes. */
 INLINE int32_t pair_at(const uint16_t *x) {

@@ -100,11 +100,10 @@ def _expand(
                 B + ranks[:, None] * d_out + outputs, mask=(ranks[:, None] < rank) & (outputs < d_out), other=0.0
             )
             acc = dot(summed.to(y.dtype.element_ty), B_part, acc, WIDE)
-    # without a rank nothing is written: adding a zero could turn -0.0 into 0.0
-    acting = (tokens < count) & (outputs < d_out) & (ranks_in_all > 0)
-    place = y + (start + tokens) * y_stride + outputs
-    before = tl.load(place, mask=acting, other=0.0).to(tl.float32)
-    tl.store(place, (before + acc).to(y.dtype.element_ty), mask=acting)
+    if ranks_in_all > 0:  # else nothing is written: adding a zero could turn -0.0 into 0.0
+        place, is_own = y + (start + tokens) * y_stride + outputs, (tokens < count) & (outputs < d_out)
+        before = tl.load(place, mask=is_own, other=0.0).to(tl.float32)
+        tl.store(place, (before + acc).to(y.dtype.element_ty), mask=is_own)
 
 
 def supports(dtype: torch.dtype, device: torch.device) -> bool:

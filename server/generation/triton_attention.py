@@ -121,12 +121,12 @@ def _append(
     """Write the key and the value of one token and kv head to the token's place; a place of -1 is nowhere."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place = tl.load(places + token)
-    row = (place // PAGE * tl.num_programs(1) + head) * PAGE + place % PAGE
-    at, is_kept = tl.arange(0, BLOCK), place >= 0
-    k = tl.load(key + head * key_head + token * key_token + at, mask=at < D, other=0.0)
-    tl.store(keys + row * D + at, k.to(keys.dtype.element_ty), mask=is_kept & (at < D))
-    v = tl.load(value + head * value_head + token * value_token + at, mask=at < D_V, other=0.0)
-    tl.store(values + row * D_V + at, v.to(values.dtype.element_ty), mask=is_kept & (at < D_V))
+    if place >= 0:
+        row, at = (place // PAGE * tl.num_programs(1) + head) * PAGE + place % PAGE, tl.arange(0, BLOCK)
+        k = tl.load(key + head * key_head + token * key_token + at, mask=at < D, other=0.0)
+        tl.store(keys + row * D + at, k.to(keys.dtype.element_ty), mask=at < D)
+        v = tl.load(value + head * value_head + token * value_token + at, mask=at < D_V, other=0.0)
+        tl.store(values + row * D_V + at, v.to(values.dtype.element_ty), mask=at < D_V)
 
 
 def supports(dtype: torch.dtype, device: torch.device) -> bool:
@@ -142,12 +142,12 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths:
     row, which gives zeros. Returns (rows, heads, d_v).
     """
     (rows, heads, d), (_, kv_heads, _, d_v) = query.shape, values.shape
+    if not rows:
+        return query.new_empty(0, heads, d_v)
     assert query.stride(2) == 1 == tables.stride(1), "our bug: rows of queries and tables are contiguous"
     group, num_spans = heads // kv_heads, max(1, triton.cdiv(tables.shape[1] * PAGE, SPAN))
     window = min(scoring.window or UNBOUNDED, UNBOUNDED)
     out = query.new_empty(rows, heads, d_v)
-    if not rows:
-        return out
     is_joined = num_spans > 1
     parts = query.new_empty(rows, heads, num_spans, d_v, dtype=torch.float32) if is_joined else out
     tops, totals = query.new_empty(2, rows, heads, num_spans, dtype=torch.float32)

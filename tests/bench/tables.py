@@ -4,6 +4,7 @@ Tables stand between `<!-- name -->` and `<!-- /name -->`; a test holds that REA
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,48 @@ def fdu() -> str:
     return "\n".join([*rows, f"\nAsked again through `/v1/infer`, the {len(found)} accuracies are the same: {same}."])
 
 
-TABLES = {"machine": machine, "forward": forward, "end_to_end": end_to_end, "fdu": fdu}
+def generate() -> str:
+    """Useful new tokens per second: transformers' two ways, PEFT, and ours with and without compositions."""
+    found = [one for one in lines("generate") if "hidden" in one]
+    settings = list(dict.fromkeys((one["hidden"], one["dtype"], one["requests"]) for one in found))
+    by = {(one["hidden"], one["dtype"], one["requests"], one["variant"]): one for one in found if "variant" in one}
+    rows = [
+        "| model, requests | `generate` | continuous batching | PEFT | ours, no adapter | ours, top-1 | top-4 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for setting in settings:
+        cells = [f"{by[*setting, name]['tokens_per_s']:.0f}" for name in ("c", "d", "e", "a", "b1", "b4")]
+        rows.append(f"| 8 x {setting[0]} {setting[1]}, {setting[2]} | {' | '.join(cells)} |")
+    outside = max(one["outside_forward"] for one in by.values() if one["requests"] == 64 and "outside_forward" in one)
+    rows.append(
+        f"\nAt 64 requests at most {outside:.1%} of a step is spent outside the model's forward. {_equalities(found)}"
+    )
+    return "\n".join(rows)
+
+
+def _equalities(found: Sequence[dict[str, Any]]) -> str:
+    """What share of requests got the very tokens that transformers and PEFT give."""
+    shares: dict[str, list[float]] = {}
+    for one in found:
+        if "equal" in one and one["equal"] in (["a", "c"], ["be", "e"]):
+            shares.setdefault(one["dtype"], []).append(one["equal_requests"])
+    exact = min(shares["float32"])
+    rounded = shares["bfloat16"]
+    return (
+        f"In float32 {'all' if exact == 1 else f'at least {exact:.1%} of'} requests gave token for token what "
+        "`generate` (no adapter) and PEFT (one adapter at weight 1) give; in bfloat16, where products round "
+        f"differently, {min(rounded):.0%} to {max(rounded):.0%}."
+    )
+
+
+TABLES = {"machine": machine, "forward": forward, "end_to_end": end_to_end, "fdu": fdu, "generate": generate}
 
 
 def with_tables(text: str) -> str:
-    """README with every table made anew."""
+    """README with every table that it has a place for made anew."""
     for name, make in TABLES.items():
+        if f"<!-- {name} -->" not in text:
+            continue
         head, _, rest = text.partition(f"<!-- {name} -->")
         _, _, tail = rest.partition(f"<!-- /{name} -->")
         text = f"{head}<!-- {name} -->\n{make()}\n<!-- /{name} -->{tail}"

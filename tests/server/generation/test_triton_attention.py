@@ -141,6 +141,16 @@ def test_idle_rows_give_zeros_and_pages_of_others_are_not_read(device: str, more
 
 
 @devices
+def test_no_rows_give_none(device: str) -> None:
+    case = Case([20], torch.float32, device, d_v=24)
+
+    assert case.found([]).shape == (0, 4, 24)
+    none = torch.zeros(0, 0, dtype=torch.int64, device=device)  # as a step without decoding rows has it
+    empty = torch.zeros(4, 0, 16, device=device).transpose(0, 1)
+    assert attend(empty, case.keys, case.values, none, none.sum(1), case.scoring).shape == (0, 4, 24)
+
+
+@devices
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_new_keys_and_values_go_to_their_places_and_nowhere_else(device: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)

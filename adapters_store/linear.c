@@ -1,0 +1,165 @@
+/* A linear layer of few rows: y = x W^T + b, with W as nn.Linear keeps it.
+ *
+ *   y[row, o] = sum over i of x[row, i] W[o, i] + b[o]
+ *
+ * A few rows do little with each weight, so weights are read from memory once, in the order in which they lie: a block
+ * of 4 of their rows meets all rows of x, up to 6 at a time, whose 24 sums stay in registers along all of d_in, while
+ * the next block is fetched. Nothing is laid out anew; bfloat16 is multiplied in the neighbouring pairs it lies in.
+ *
+ * A sum runs in one order, whatever the other rows and the threads are, so a row's result is the same bit for bit.
+ * Sums are float32, rounded once at the end. For processors with AVX-512, bfloat16 where it has dot products of it
+ * (AVX512-BF16); elsewhere the functions are missing. Called through ctypes.
+ */
+#include <stdint.h>
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+
+#ifdef __AVX512BF16__
+#define PAIRS 1
+#else
+#define PAIRS 0
+#endif
+#define OUTPUTS 4 /* rows of W done together */
+#define MOST 6    /* rows of x done together at most: 24 sums, 4 weights and x are 29 of 32 registers */
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8") /* loops over sums: unrolled so early that the sums live in registers */
+
+/* A layer. weight: (d_out, d_in), bias: (d_out,) or NULL. */
+typedef struct {
+    const char *weight, *bias;
+    int64_t d_in, d_out;
+} layer;
+
+/* One call. x: (rows, d_in), its rows x_row elements apart; y: (rows, d_out). */
+typedef struct {
+    const layer *l;
+    const char *x;
+    int64_t x_row, rows;
+    char *y;
+} call;
+
+/* ---- `half` is a constant wherever these are used: 0 for float32, 1 for bfloat16 ---- */
+
+#define SIZE(half) ((half) ? 2 : 4)
+#define LINE(half) ((half) ? 32 : 16) /* elements of a register */
+
+/* The first `count` elements, zeros behind them. */
+INLINE __m512 load_some(const int half, const char *from, int64_t count) {
+    if (half) return (__m512)_mm512_maskz_loadu_epi16((__mmask32)((1u << count) - 1), from);
+    return _mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), from);
+}
+
+INLINE __m512 load(const int half, const char *from, int64_t count) {
+    return count == LINE(half) ? _mm512_loadu_ps(from) : load_some(half, from, count);
+}
+
+INLINE __m512 add_product(const int half, __m512 sum, __m512 a, __m512 b) {
+#if PAIRS
+    if (half) return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#endif
+    return _mm512_fmadd_ps(a, b, sum);
+}
+
+/* Four vectors as one: element i of every four is the sum of vector i's elements in that lane. */
+INLINE __m512 four_in_lanes(const __m512 *x) {
+    __m512d ab = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+    __m512d cd = (__m512d)_mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+    return _mm512_add_ps((__m512)_mm512_unpacklo_pd(ab, cd), (__m512)_mm512_unpackhi_pd(ab, cd));
+}
+
+INLINE __m512 lanes_added(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+
+/* The outputs that a bias or y has from one place on: floats of `mask`, as many as the block has outputs. */
+INLINE __m128 load_outputs(const int half, const char *from, __mmask8 mask) {
+    if (!half) return _mm_maskz_loadu_ps(mask, from);
+    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_maskz_loadu_epi16(mask, from)), 16));
+}
+
+INLINE void store_outputs(const int half, char *to, __mmask8 mask, __m128 sums) {
+#if PAIRS
+    if (half) {
+        _mm_mask_storeu_epi16(to, mask, (__m128i)_mm_cvtneps_pbh(sums));
+        return;
+    }
+#endif
+    _mm_mask_storeu_ps(to, mask, sums);
+}
+
+/* Keeps a number in a register: the compiler would else read it anew for each of its products. */
+#define HOLD(x) __asm__("" : "+v"(x))
+
+/* y of `n` rows from `row` on, for `outputs` outputs from `o` on (both constants). Fetches `ahead` cache lines a step. */
+INLINE void multiply(const int half, const int n, const int outputs, const call *c, int64_t row, int64_t o,
+                     const char *fetch, int64_t ahead) {
+    const layer *l = c->l;
+    const int64_t size = SIZE(half), w_row = l->d_in * size, x_row = c->x_row * size;
+    const char *w = l->weight + o * w_row, *x = c->x + row * x_row, *x3 = x + 3 * x_row;
+    __m512 sum[MOST][OUTPUTS], weight[OUTPUTS];
+    UNROLL for (int t = 0; t < n; t++) UNROLL for (int j = 0; j < outputs; j++) sum[t][j] = _mm512_setzero_ps();
+#define STEP(count)                                                                                                  \
+    UNROLL for (int j = 0; j < outputs; j++) weight[j] = load(half, w + j * w_row, count);                           \
+    UNROLL for (int t = 0; t < n; t++) {                                                                             \
+        __m512 line = load(half, t < 3 ? x + t * x_row : x3 + (t - 3) * x_row, count);                               \
+        HOLD(line);                                                                                                  \
+        UNROLL for (int j = 0; j < outputs; j++) sum[t][j] = add_product(half, sum[t][j], line, weight[j]);          \
+    }
+    int64_t left = l->d_in;
+    for (; left >= LINE(half); left -= LINE(half), w += 64, x += 64, x3 += 64) {
+        for (int64_t a = 0; a < ahead; a++, fetch += 64) __builtin_prefetch(fetch);
+        STEP(LINE(half))
+    }
+    if (left) {
+        STEP(left)
+    }
+#undef STEP
+    const __mmask8 mask = (1 << outputs) - 1;
+    const __m128 bias = l->bias ? load_outputs(half, l->bias + o * size, mask) : _mm_setzero_ps();
+    __m512 four[8];
+    UNROLL for (int t = 0; t < 8; t++) {
+        for (int j = outputs; j < OUTPUTS; j++) sum[t < n ? t : n - 1][j] = sum[t < n ? t : n - 1][0];
+        four[t] = four_in_lanes(sum[t < n ? t : n - 1]);
+    }
+    UNROLL for (int t = 0; t < n; t += 4) {
+        __m512 all = lanes_added(lanes_added(four[t], four[t + 1]), lanes_added(four[t + 2], four[t + 3]));
+        float sums[16];
+        _mm512_storeu_ps(sums, all);
+        UNROLL for (int s = 0; s < 4 && t + s < n; s++)
+            store_outputs(half, c->y + ((row + t + s) * l->d_out + o) * size, mask,
+                          _mm_add_ps(_mm_loadu_ps(sums + 4 * s), bias));
+    }
+}
+
+/* All rows, for a block's outputs; the next block's weights are fetched in equal parts meanwhile. */
+INLINE void multiply_block(const int half, const int outputs, const call *c, int64_t o) {
+    int64_t parts = (c->rows + MOST - 1) / MOST, ahead = (OUTPUTS + parts - 1) / parts;
+    int64_t each = (c->l->d_in + LINE(half) - 1) / LINE(half) * 64; /* bytes of a row of W */
+    const char *next = c->l->weight + (o + OUTPUTS DIST) * c->l->d_in * SIZE(half);
+    for (int64_t part = 0; part < parts; part++, next += ahead * each) {
+        int64_t row = part * c->rows / parts, end = (part + 1) * c->rows / parts;
+        if (part * ahead >= OUTPUTS) ahead = 0;
+        if (end - row == 6) multiply(half, 6, outputs, c, row, o, next, ahead);
+        else if (end - row == 5) multiply(half, 5, outputs, c, row, o, next, ahead);
+        else if (end - row == 4) multiply(half, 4, outputs, c, row, o, next, ahead);
+        else if (end - row == 3) multiply(half, 3, outputs, c, row, o, next, ahead);
+        else if (end - row == 2) multiply(half, 2, outputs, c, row, o, next, ahead);
+        else multiply(half, 1, outputs, c, row, o, next, ahead);
+    }
+}
+
+#define LINEAR(NAME, HALF)                                                                                           \
+    void NAME(const layer *l, const char *x, int64_t x_row, int64_t rows, char *y, int64_t num_threads) {            \
+        const call c = {l, x, x_row, rows, y};                                                                       \
+        const int64_t whole = l->d_out / OUTPUTS * OUTPUTS;                                                          \
+        _Pragma("omp parallel for schedule(static) num_threads(num_threads) if(num_threads > 1)")                    \
+        for (int64_t o = 0; o < whole; o += OUTPUTS) multiply_block(HALF, OUTPUTS, &c, o);                           \
+        for (int64_t o = whole; o < l->d_out; o++) multiply_block(HALF, 1, &c, o);                                   \
+    }
+LINEAR(linear_f32, 0)
+#if PAIRS
+LINEAR(linear_bf16, 1)
+#endif
+
+#endif

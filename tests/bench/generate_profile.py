@@ -1,0 +1,66 @@
+"""Where the time of a generation step goes: parts of the engine, timed from outside in CPU time of the thread."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+from torch import nn
+from transformers.models.llama import modeling_llama
+
+from adapters_store.sites import Site
+from server.generation import batcher as batcher_module
+from server.generation.attention import PagedAttention
+from server.generation.batcher import Batcher
+from server.generation.decoder import Decoder
+from tests.bench.generate_models import Request
+from tests.bench.generate_variants import Variant
+
+# Part -> whose function it is.
+STEP: dict[str, tuple[Any, str]] = {
+    "step": (Batcher, "step"),
+    "forward": (Decoder, "forward"),
+    "sampling": (batcher_module, "choose"),
+}
+# Parts of the forward, none of them within another.
+INSIDE: dict[str, tuple[Any, str]] = {
+    "linear": (nn.Linear, "forward"),
+    "attention": (PagedAttention, "__call__"),
+    "adapters": (Site, "apply"),
+    "norms": (modeling_llama.LlamaRMSNorm, "forward"),
+    "rotary": (modeling_llama, "apply_rotary_pos_emb"),
+}
+
+
+@contextmanager
+def timed(parts: dict[str, tuple[Any, str]]) -> Iterator[dict[str, float]]:
+    """While inside, the CPU seconds spent in each part are summed up."""
+    seconds = dict.fromkeys(parts, 0.0)
+    with ExitStack() as stack:
+        for part, (owner, name) in parts.items():
+            wrapped = _timing(getattr(owner, name), part, seconds)
+            stack.enter_context(mock.patch.object(owner, name, wrapped))
+        yield seconds
+
+
+def _timing(call: Callable[..., Any], part: str, seconds: dict[str, float]) -> Callable[..., Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        start = time.thread_time()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            seconds[part] += time.thread_time() - start
+
+    return wrapped
+
+
+def profile(variant: Variant, requests: Sequence[Request]) -> dict[str, float]:
+    """Shares of a step's time, in a run of its own: timing the parts makes it slower by a percent or so."""
+    with timed(STEP | INSIDE) as seconds:
+        variant(requests)
+    shares = {part: seconds[part] / seconds["step"] for part in INSIDE}
+    shares["other_in_forward"] = seconds["forward"] / seconds["step"] - sum(shares.values())
+    shares["sampling"] = seconds["sampling"] / seconds["step"]
+    shares["other_outside"] = 1 - (seconds["forward"] + seconds["sampling"]) / seconds["step"]
+    return {part: round(share, 4) for part, share in shares.items()}
