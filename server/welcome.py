@@ -16,11 +16,15 @@ def welcome(service: Service, port: int) -> str:
         lines.append(f"Try:\n  curl -s {url}/v1/infer -H 'content-type: application/json' -d {body}")
     else:
         lines.append("No task is served yet: espalier-train, espalier-store import, or POST /v1/adapters bring some.")
+    if service.generator:
+        lines.append(f"It generates, up to {service.generator.max_length} tokens: base_url {url}/v1 for OpenAI clients.")
     return "\n".join(lines)
 
 
 def _answers(service: Service, task: str) -> bool:
-    return service.catalog.has_module(task) and service.catalog.manifest_of_task(task).head is not None
+    """True if the task can be asked: it has a head, or the backbone generates."""
+    has_module = service.catalog.has_module(task)
+    return has_module and (service.generator is not None or service.catalog.manifest_of_task(task).head is not None)
 
 
 def _example(service: Service, tasks: list[str]) -> dict[str, str]:

@@ -35,9 +35,10 @@ function bars(rows) {
 
 function showAnswer(output) {
   const adapters = output.composition.adapters.map((one) => [`${one.name}@${one.version}`, Math.max(0, one.weight)]);
+  const isText = output.text !== undefined;
   return element("div", { class: "answer" },
-    element("div", {}, `${output.task}: `, element("strong", {}, output.label)),
-    bars(Object.entries(output.scores)),
+    element("div", {}, `${output.task}: `, isText ? output.text : element("strong", {}, output.label)),
+    bars(Object.entries(output.scores ?? {})),
     element("div", {}, adapters.length ? "composed of" : "bare backbone"), bars(adapters));
 }
 
@@ -92,13 +93,13 @@ async function load() {
       `${ready.adapters} adapters, ${ready.tasks} tasks, graph version ${ready.graph_version}`;
     const { tasks } = await call("/v1/tasks");
     const { adapters } = await call("/v1/adapters");
-    $("choices").replaceChildren(...tasks.filter((task) => task.labels.length).map((task, i) => {
+    $("choices").replaceChildren(...tasks.filter((task) => task.answers).map((task, i) => {
       const box = element("input", { type: "checkbox", value: task.task });
       box.checked = task.task === "books" || i === 0;
       return element("label", {}, box, ` ${task.task}`);
     }));
     drawGraph(tasks);
-    $("prior").tBodies[0].replaceChildren(...tasks.map((task) => row(task.task, task.labels.join(", "), composedOf(task.prior))));
+    $("prior").tBodies[0].replaceChildren(...tasks.map((task) => row(task.task, task.answers === "text" ? "text" : task.labels.join(", "), composedOf(task.prior))));
     $("adapters").tBodies[0].replaceChildren(...adapters.map((one) => row(one.name, one.task, one.kind, one.versions.join(", "),
       Object.entries(one.aliases).map(([alias, version]) => `${alias} → ${version}`).join(", "), one.resident.join(", ") || "–")));
   } catch (error) {
