@@ -3,8 +3,8 @@
  *   y[row, o] = sum over i of x[row, i] W[o, i] + b[o]
  *
  * A few rows do little with each weight, so weights are read from memory once, in the order in which they lie: a block
- * of 4 of their rows meets all rows of x, up to 6 at a time, whose 24 sums stay in registers along all of d_in, while
- * the next block is fetched. Nothing is laid out anew; bfloat16 is multiplied in the neighbouring pairs it lies in.
+ * of 4 of their rows meets all rows of x, up to 6 at a time, whose 24 sums stay in registers, while weights that come
+ * soon are fetched. Nothing is laid out anew; bfloat16 is multiplied in the neighbouring pairs in which it lies.
  *
  * A sum runs in one order, whatever the other rows and the threads are, so a row's result is the same bit for bit.
  * Sums are float32, rounded once at the end. For processors with AVX-512, bfloat16 where it has dot products of it
@@ -21,19 +21,17 @@
 #endif
 #define OUTPUTS 4 /* rows of W done together */
 #define MOST 6    /* rows of x done together at most: 24 sums, 4 weights and x are 29 of 32 registers */
+#define KEPT 4    /* groups of such rows among whom a long d_in is done in pieces */
+#define AHEAD 2   /* pieces until weights that are fetched now are used */
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8") /* loops over sums: unrolled so early that the sums live in registers */
 
-/* A layer. weight: (d_out, d_in), bias: (d_out,) or NULL. */
+/* One call. weight: (d_out, d_in), bias: (d_out,) or NULL, x: (rows, d_in), its rows x_row elements apart;
+ * y: (rows, d_out). */
 typedef struct {
     const char *weight, *bias;
     int64_t d_in, d_out;
-} layer;
-
-/* One call. x: (rows, d_in), its rows x_row elements apart; y: (rows, d_out). */
-typedef struct {
-    const layer *l;
     const char *x;
     int64_t x_row, rows;
     char *y;
@@ -42,7 +40,8 @@ typedef struct {
 /* ---- `half` is a constant wherever these are used: 0 for float32, 1 for bfloat16 ---- */
 
 #define SIZE(half) ((half) ? 2 : 4)
-#define LINE(half) ((half) ? 32 : 16) /* elements of a register */
+#define LINE(half) ((half) ? 32 : 16)  /* elements of a register */
+#define PIECE(half) (16 * LINE(half))  /* elements of d_in: what meets of x and W stays in the first-level cache */
 
 /* The first `count` elements, zeros behind them. */
 INLINE __m512 load_some(const int half, const char *from, int64_t count) {
@@ -91,14 +90,45 @@ INLINE void store_outputs(const int half, char *to, __mmask8 mask, __m128 sums) 
 /* Keeps a number in a register: the compiler would else read it anew for each of its products. */
 #define HOLD(x) __asm__("" : "+v"(x))
 
-/* y of `n` rows from `row` on, for `outputs` outputs from `o` on (both constants). Fetches `ahead` cache lines a step. */
-INLINE void multiply(const int half, const int n, const int outputs, const call *c, int64_t row, int64_t o,
-                     const char *fetch, int64_t ahead) {
-    const layer *l = c->l;
-    const int64_t size = SIZE(half), w_row = l->d_in * size, x_row = c->x_row * size;
-    const char *w = l->weight + o * w_row, *x = c->x + row * x_row, *x3 = x + 3 * x_row;
+/* Some rows of x from `row` on and outputs from `o` on meet along the elements first..last of d_in. */
+typedef struct {
+    const call *c;
+    int64_t row, o, first, last;
+    __m512 *sums;      /* where they lie between pieces of d_in */
+    const char *fetch; /* weights to fetch meanwhile: `lines` rows of W, as far on as this tile works */
+    int64_t lines;
+} tile;
+
+/* y of the tile's `n` rows and `outputs` outputs (both constants). */
+INLINE void finish(const int half, const int n, const int outputs, const tile *at, __m512 sum[][OUTPUTS]) {
+    const call *c = at->c;
+    const __mmask8 mask = (1 << outputs) - 1;
+    const __m128 bias = c->bias ? load_outputs(half, c->bias + at->o * SIZE(half), mask) : _mm_setzero_ps();
+    __m512 four[8];
+    UNROLL for (int t = 0; t < 8; t++) { /* where rows or outputs are missing the last ones fill in */
+        __m512 *own = sum[t < n ? t : n - 1];
+        UNROLL for (int j = outputs; j < OUTPUTS; j++) own[j] = own[0];
+        four[t] = four_in_lanes(own);
+    }
+    UNROLL for (int t = 0; t < n; t += 4) {
+        float sums[16];
+        _mm512_storeu_ps(
+            sums, lanes_added(lanes_added(four[t], four[t + 1]), lanes_added(four[t + 2], four[t + 3])));
+        for (int s = 0; s < (n - t < 4 ? n - t : 4); s++)
+            store_outputs(half, c->y + ((at->row + t + s) * c->d_out + at->o) * SIZE(half), mask,
+                          _mm_add_ps(_mm_loadu_ps(sums + 4 * s), bias));
+    }
+}
+
+INLINE void multiply(const int half, const int n, const int outputs, const tile *at) {
+    const call *c = at->c;
+    const int64_t size = SIZE(half), w_row = c->d_in * size, x_row = c->x_row * size, lines = at->lines;
+    const char *w = c->weight + at->o * w_row + at->first * size, *fetch = at->fetch;
+    const char *x = c->x + at->row * x_row + at->first * size, *x3 = x + 3 * x_row;
     __m512 sum[MOST][OUTPUTS], weight[OUTPUTS];
-    UNROLL for (int t = 0; t < n; t++) UNROLL for (int j = 0; j < outputs; j++) sum[t][j] = _mm512_setzero_ps();
+    UNROLL for (int t = 0; t < n; t++)
+        UNROLL for (int j = 0; j < outputs; j++)
+            sum[t][j] = at->first ? at->sums[t * OUTPUTS + j] : _mm512_setzero_ps();
 #define STEP(count)                                                                                                  \
     UNROLL for (int j = 0; j < outputs; j++) weight[j] = load(half, w + j * w_row, count);                           \
     UNROLL for (int t = 0; t < n; t++) {                                                                             \
@@ -106,56 +136,57 @@ INLINE void multiply(const int half, const int n, const int outputs, const call 
         HOLD(line);                                                                                                  \
         UNROLL for (int j = 0; j < outputs; j++) sum[t][j] = add_product(half, sum[t][j], line, weight[j]);          \
     }
-    int64_t left = l->d_in;
+    int64_t left = at->last - at->first;
     for (; left >= LINE(half); left -= LINE(half), w += 64, x += 64, x3 += 64) {
-        for (int64_t a = 0; a < ahead; a++, fetch += 64) __builtin_prefetch(fetch);
+        for (int64_t f = 0; f < lines; f++) __builtin_prefetch(fetch + f * w_row);
+        fetch += 64;
         STEP(LINE(half))
     }
     if (left) {
         STEP(left)
     }
 #undef STEP
-    const __mmask8 mask = (1 << outputs) - 1;
-    const __m128 bias = l->bias ? load_outputs(half, l->bias + o * size, mask) : _mm_setzero_ps();
-    __m512 four[8];
-    UNROLL for (int t = 0; t < 8; t++) {
-        for (int j = outputs; j < OUTPUTS; j++) sum[t < n ? t : n - 1][j] = sum[t < n ? t : n - 1][0];
-        four[t] = four_in_lanes(sum[t < n ? t : n - 1]);
-    }
-    UNROLL for (int t = 0; t < n; t += 4) {
-        __m512 all = lanes_added(lanes_added(four[t], four[t + 1]), lanes_added(four[t + 2], four[t + 3]));
-        float sums[16];
-        _mm512_storeu_ps(sums, all);
-        UNROLL for (int s = 0; s < 4 && t + s < n; s++)
-            store_outputs(half, c->y + ((row + t + s) * l->d_out + o) * size, mask,
-                          _mm_add_ps(_mm_loadu_ps(sums + 4 * s), bias));
-    }
+    if (at->last == c->d_in) finish(half, n, outputs, at, sum);
+    else UNROLL for (int t = 0; t < n; t++)
+        UNROLL for (int j = 0; j < outputs; j++) at->sums[t * OUTPUTS + j] = sum[t][j];
 }
 
-/* All rows, for a block's outputs; the next block's weights are fetched in equal parts meanwhile. */
+INLINE void multiply_rows(const int half, const int outputs, int64_t n, const tile *at) {
+    if (n == 6) multiply(half, 6, outputs, at);
+    else if (n == 5) multiply(half, 5, outputs, at);
+    else if (n == 4) multiply(half, 4, outputs, at);
+    else if (n == 3) multiply(half, 3, outputs, at);
+    else if (n == 2) multiply(half, 2, outputs, at);
+    else multiply(half, 1, outputs, at);
+}
+
+/* All rows, for a block's outputs. The lines of a piece that comes soon are fetched in equal parts meanwhile. */
 INLINE void multiply_block(const int half, const int outputs, const call *c, int64_t o) {
-    int64_t parts = (c->rows + MOST - 1) / MOST, ahead = (OUTPUTS + parts - 1) / parts;
-    int64_t each = (c->l->d_in + LINE(half) - 1) / LINE(half) * 64; /* bytes of a row of W */
-    const char *next = c->l->weight + (o + OUTPUTS DIST) * c->l->d_in * SIZE(half);
-    for (int64_t part = 0; part < parts; part++, next += ahead * each) {
-        int64_t row = part * c->rows / parts, end = (part + 1) * c->rows / parts;
-        if (part * ahead >= OUTPUTS) ahead = 0;
-        if (end - row == 6) multiply(half, 6, outputs, c, row, o, next, ahead);
-        else if (end - row == 5) multiply(half, 5, outputs, c, row, o, next, ahead);
-        else if (end - row == 4) multiply(half, 4, outputs, c, row, o, next, ahead);
-        else if (end - row == 3) multiply(half, 3, outputs, c, row, o, next, ahead);
-        else if (end - row == 2) multiply(half, 2, outputs, c, row, o, next, ahead);
-        else multiply(half, 1, outputs, c, row, o, next, ahead);
+    __m512 sums[KEPT][MOST * OUTPUTS];
+    const int64_t d_in = c->d_in, tiles = (c->rows + MOST - 1) / MOST;
+    const int64_t pieces = tiles > KEPT ? 1 : (d_in + PIECE(half) - 1) / PIECE(half);
+    const int64_t length = (d_in + pieces * LINE(half) - 1) / (pieces * LINE(half)) * LINE(half);
+    for (int64_t piece = 0; piece < pieces; piece++) {
+        int64_t first = piece * length, last = first + length < d_in ? first + length : d_in;
+        int64_t next_o = o + (piece + AHEAD) / pieces * OUTPUTS, next_first = (piece + AHEAD) % pieces * length;
+        const char *next = c->weight + (next_o * d_in + next_first) * SIZE(half);
+        for (int64_t i = 0; i < tiles; i++) {
+            int64_t row = i * c->rows / tiles, line = i * OUTPUTS / tiles;
+            tile at = {.c = c, .row = row, .o = o, .first = first, .last = last, .sums = sums[i % KEPT],
+                       .fetch = next + line * d_in * SIZE(half), .lines = (i + 1) * OUTPUTS / tiles - line};
+            multiply_rows(half, outputs, (i + 1) * c->rows / tiles - row, &at);
+        }
     }
 }
 
 #define LINEAR(NAME, HALF)                                                                                           \
-    void NAME(const layer *l, const char *x, int64_t x_row, int64_t rows, char *y, int64_t num_threads) {            \
-        const call c = {l, x, x_row, rows, y};                                                                       \
-        const int64_t whole = l->d_out / OUTPUTS * OUTPUTS;                                                          \
+    void NAME(const char *weight, const char *bias, int64_t d_in, int64_t d_out, const char *x, int64_t x_row,       \
+              int64_t rows, char *y, int64_t num_threads) {                                                          \
+        const call c = {weight, bias, d_in, d_out, x, x_row, rows, y};                                               \
+        const int64_t whole = d_out / OUTPUTS * OUTPUTS;                                                             \
         _Pragma("omp parallel for schedule(static) num_threads(num_threads) if(num_threads > 1)")                    \
         for (int64_t o = 0; o < whole; o += OUTPUTS) multiply_block(HALF, OUTPUTS, &c, o);                           \
-        for (int64_t o = whole; o < l->d_out; o++) multiply_block(HALF, 1, &c, o);                                   \
+        for (int64_t o = whole; o < d_out; o++) multiply_block(HALF, 1, &c, o);                                      \
     }
 LINEAR(linear_f32, 0)
 #if PAIRS

@@ -7,18 +7,21 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.bench import tables
+from tests.server.generation.tiny_decoder import make_decoder, publish
 from tests.server.tiny import make_backbone, make_store, peft_files
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
 CURLS = [block for block in BLOCKS if block.startswith("curl")]
+PYTHONS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
     line.split("#")[0].strip()
     for block in BLOCKS
@@ -34,12 +37,30 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     root = tmp_path_factory.mktemp("readme")
     backbone = make_backbone(root / "backbone")
     make_store(root / "store", backbone, ("books", "films", "banking", "news_topic", "spam"))
+    with server(root / "store", backbone) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def generating_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The same on a tiny decoder."""
+    root = tmp_path_factory.mktemp("texts")
+    backbone = make_decoder(root / "stories260k")
+    for seed, name in enumerate(("cheerful", "spooky", "magical")):
+        publish(root / "store", backbone, name, seed)
+    with server(root / "store", backbone) as found:
+        yield found
+
+
+@contextmanager
+def server(store: Path, backbone: Path) -> Iterator[str]:
+    """A server process; its URL."""
     command = [
         sys.executable,
         "-m",
         "server",
         "--store",
-        root / "store",
+        store,
         "--backbone",
         backbone,
         "--port",
@@ -56,15 +77,29 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_every_curl_of_the_readme_answers(url: str, tmp_path: Path) -> None:
+def test_every_curl_of_the_readme_answers(url: str, generating_url: str, tmp_path: Path) -> None:
     (tmp_path / "my-lora").mkdir()
     for name, data in peft_files(3).items():
         (tmp_path / "my-lora" / name).write_bytes(data)
 
     for block in CURLS:
-        script = block.replace("http://127.0.0.1:8000", url).replace("curl -s", "curl -sS --fail-with-body")
+        script = (
+            block.replace("http://127.0.0.1:8000", url)
+            .replace("http://127.0.0.1:8001", generating_url)
+            .replace("curl -s", "curl -sS --fail-with-body")
+        )
         done = subprocess.run(["bash", "-ec", script], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("script", PYTHONS)
+def test_every_python_script_of_the_readme_runs(generating_url: str, script: str) -> None:
+    script = script.replace("http://127.0.0.1:8001", generating_url)
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert "graph_version" in done.stdout
 
 
 def test_the_answer_shown_has_the_fields_of_a_real_one(url: str) -> None:

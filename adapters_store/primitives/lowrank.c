@@ -266,16 +266,23 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 typedef struct {
     const char *at;
     int64_t rows, lines, stride; /* lines of 64 bytes in a row; bytes from row to row */
-    int64_t asked;               /* lines so far */
+    int64_t asked, line;         /* lines so far, and those in the row where `at` stands */
 } ahead;
 
-INLINE void fetch(ahead *next, int64_t share, int64_t shares) {
+/* Not inlined: among the many variables of its callers its loop would run through memory. */
+__attribute__((noinline)) static void fetch(ahead *next, int64_t share, int64_t shares) {
     if (next->rows == 0) return;
     int64_t end = next->rows * next->lines * share / shares;
-    int64_t row = next->asked / next->lines, line = next->asked % next->lines;
-    for (; next->asked < end; next->asked++) {
-        __builtin_prefetch(next->at + row * next->stride + 64 * line);
-        if (++line == next->lines) line = 0, row++;
+    while (next->asked < end) {
+        int64_t n = least(end - next->asked, next->lines - next->line);
+        const char *from = next->at + 64 * next->line;
+        for (int64_t i = 0; i < n; i++) __builtin_prefetch(from + 64 * i);
+        next->asked += n;
+        next->line += n;
+        if (next->line == next->lines) {
+            next->line = 0;
+            next->at += next->stride;
+        }
     }
 }
 
@@ -283,14 +290,14 @@ INLINE void fetch(ahead *next, int64_t share, int64_t shares) {
 INLINE ahead b_of(const panel *now, const part *p, int64_t c, int64_t columns) {
     if (p == now->parts + now->num_parts) return (ahead){0};
     int64_t rows = now->by->half_factors ? (p->adapter->rank + 1) / 2 : p->adapter->rank;
-    return (ahead){(const char *)p->adapter->b + 4 * c, rows, (4 * columns + 63) / 64, 4 * now->here->d_out, 0};
+    return (ahead){(const char *)p->adapter->b + 4 * c, rows, (4 * columns + 63) / 64, 4 * now->here->d_out, 0, 0};
 }
 
 /* Behind the last a comes the first b. */
 INLINE ahead a_of(const panel *now, const part *p) {
     if (p == now->parts + now->num_parts) return b_of(now, now->parts, 0, least(now->here->d_out, STRIP));
     int64_t bytes = now->here->d_in * p->adapter->lanes * (now->by->half_factors ? 2 : 4);
-    return (ahead){p->adapter->a, 1, least(bytes, FETCHED) / 64, 0, 0};
+    return (ahead){p->adapter->a, 1, least(bytes, FETCHED) / 64, 0, 0, 0};
 }
 
 static void shrink_part(const panel *now, const part *p, ahead next) {

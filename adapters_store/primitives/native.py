@@ -1,6 +1,6 @@
 """Builds, checks and calls lowrank.c and lowrank_bf16.c.
 
-The kernel is compiled once per machine (compiled.py, half a second) and checked against torch before it serves. Where
+The kernel is compiled once per machine (compiled.py, two seconds) and checked against torch before it serves. Where
 there is no compiler, on a GPU, or where the check fails, the torch forms serve; `status()` says which and why.
 """
 

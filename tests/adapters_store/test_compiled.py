@@ -36,6 +36,17 @@ def test_a_source_is_built_once_and_anew_when_it_changes(tmp_path: Path) -> None
     assert sorted(first.parent.iterdir()) == sorted([first, changed])
 
 
+def test_a_change_in_an_included_file_builds_anew(tmp_path: Path) -> None:
+    source, part = _source(tmp_path, '#include "part.h"\nint answer(void) { return PART; }'), tmp_path / "part.h"
+
+    answers = []
+    for number in (1, 2):
+        part.write_text(f"#define PART {number}")
+        answers.append(ctypes.CDLL(str(compiled.build("answer", [source], included=[part]))).answer())
+
+    assert answers == [1, 2]
+
+
 def test_other_flags_make_another_library(tmp_path: Path) -> None:
     source = _source(tmp_path, "int answer(void) { return ANSWER; }")
 

@@ -81,7 +81,8 @@ def test_whatever_is_done_pages_are_held_once_or_shared_and_none_is_lost(data: s
 def test_the_least_recently_used_content_is_forgotten_first() -> None:
     pool = PagePool(3)
     first, second = pool.take(1), pool.take(1)
-    assert first and second
+    assert first is not None
+    assert second is not None
     pool.name(first[0], b"first")
     pool.name(second[0], b"second")
     pool.release(first)

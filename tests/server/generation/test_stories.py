@@ -15,7 +15,7 @@ from server.generation.text import token_bytes
 from tests.server.generation.stories import NAME, NEEDS_STORIES, STORIES, stories_server
 
 pytestmark = NEEDS_STORIES
-WORDS = "once there was a little girl named Lily who had a big red ball and her dog saw the sun".split()  # noqa: SIM905
+WORDS = tuple("once there was a little girl named Lily who had a big red ball and her dog saw the sun".split())
 
 
 def prompts() -> list[str]:

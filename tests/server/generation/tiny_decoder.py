@@ -82,7 +82,7 @@ def make_store(root: Path, backbone: Path) -> Path:
 
 def publish(root: Path, backbone: Path, name: str, seed: int, alias: str | None = None) -> None:
     """A version of an adapter; its kind goes by the name, its numbers by the seed."""
-    kind = KINDS[NAMES.index(name) % len(KINDS)]
+    kind = KINDS[NAMES.index(name) % len(KINDS)] if name in NAMES else "lora"
     AdapterStore(root).publish(
         Adapter(adapter(kind, seed)), name=name, task=name, kind=kind, backbone=fingerprint(backbone, "float32"),
         alias=alias,
