@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from adapters_store import compiled
 
 MAX_ROWS = 64  # beyond, torch's own products have enough to do (tests/bench: not slower up to here, cold or not)
-_MIN_WEIGHTS = 64 * 64  # below, a call costs more than its arithmetic
+_MIN_WEIGHTS = 256 * 256  # below, a call costs about as much as its arithmetic
 _MIN_SHARE = 1 << 20  # products that are worth a thread
 _SOURCE = Path(__file__).with_name("linear.c")
 _LINEAR = {torch.float32: "linear_f32", torch.bfloat16: "linear_bf16"}

@@ -17,7 +17,8 @@ def welcome(service: Service, port: int) -> str:
     else:
         lines.append("No task is served yet: espalier-train, espalier-store import, or POST /v1/adapters bring some.")
     if service.generator:
-        lines.append(f"It generates, up to {service.generator.max_length} tokens: base_url {url}/v1 for OpenAI clients.")
+        most = service.generator.max_length
+        lines.append(f"It generates texts of up to {most} tokens; for OpenAI's clients, base_url is {url}/v1.")
     return "\n".join(lines)
 
 
