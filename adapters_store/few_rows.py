@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from adapters_store import compiled
 
-MAX_ROWS = 64  # beyond, torch's own products have enough to do (tests/bench: not slower up to here, cold or not)
+MAX_ROWS = 64
+_LONG = (32, 2048)  # most rows and least d_in: there x of bfloat16 comes from the second-level cache too slowly
 _MIN_WEIGHTS = 256 * 256  # below, a call costs about as much as its arithmetic
 _MIN_SHARE = 1 << 20  # products that are worth a thread
 _SOURCE = Path(__file__).with_name("linear.c")
@@ -48,21 +49,24 @@ def supports(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype in _load()[0]
 
 
-def pays(rows: int, d_in: int, d_out: int) -> bool:
-    """True where the kernel is faster than torch."""
-    return 0 < rows <= MAX_ROWS and d_in * d_out >= _MIN_WEIGHTS
+def pays(rows: int, d_in: int, d_out: int, dtype: torch.dtype) -> bool:
+    """True where the kernel is faster than torch, or as fast, with weights that come from memory."""
+    if not 0 < rows <= MAX_ROWS or d_in * d_out < _MIN_WEIGHTS:
+        return False
+    return dtype == torch.float32 or rows <= _LONG[0] or d_in < _LONG[1]
 
 
-def forward(layer: nn.Linear, x: Tensor) -> Tensor:
+def forward(layer: nn.Linear, input: Tensor) -> Tensor:  # noqa: A002  # nn.Linear's name for it
     """What nn.Linear's own forward gives: x W^T + b; by the kernel where it pays and no gradient is wanted."""
     weight, bias = layer.weight, layer.bias
     d_out, d_in = weight.shape
-    if not pays(x.numel() // (d_in or 1), d_in, d_out) or not _can(x, weight, bias):
-        return F.linear(x, weight, bias)
-    return linear(x, weight, bias)
+    if not pays(input.numel() // (d_in or 1), d_in, d_out, input.dtype) or not _can(input, weight, bias):
+        return F.linear(input, weight, bias)
+    return linear(input, weight, bias)
 
 
 def _can(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """True if the kernel knows these tensors and no gradient is to flow through them."""
     if x.dtype not in _load()[0] or not (x.is_cpu and weight.is_cpu and weight.is_contiguous()):
         return False
     if x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype or (bias is not None and x.dtype != bias.dtype):

@@ -63,6 +63,8 @@ class Service:
         if language is None:
             return None
         decoder = Decoder(language, kv_bytes=settings.kv_mb * 2**20, max_length=settings.max_length)
+        if settings.cuda_graphs and decoder.is_packed and decoder.encoder.device.type == "cuda":
+            decoder.use_graphs(captures=True)
         batcher = Batcher(decoder, step_tokens=settings.step_tokens, max_sequences=settings.max_sequences)
         self.metrics.registry.register(GenerationState(batcher))
         end_ids = self.backbone.end_ids

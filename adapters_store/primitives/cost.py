@@ -88,6 +88,11 @@ def coefficients(dtype: torch.dtype) -> dict[str, tuple[float, float, float]]:
     return dict(_coefficients.get(dtype, _coefficients[torch.float32]))
 
 
+def is_forced() -> bool:
+    """True while `forced` says which form to use."""
+    return bool(_forced)
+
+
 @contextmanager
 def forced(form: str) -> Iterator[None]:
     """Use one form wherever it can serve: for tests and benchmarks."""

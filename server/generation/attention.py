@@ -1,10 +1,13 @@
 """Attention over pages of keys and values: the function that the backbone's layers call while a step runs.
 
 Single tokens of decoding sequences go through one call for all of them: the native kernel on the CPU
-(native_attention.py), else `attend_rows`, which is the specification; `attend_padded` on other devices. Longer chunks
-of prompts go one by one through torch's fused attention, over their sequence's pages gathered.
+(native_attention.py), Triton's on a GPU (triton_attention.py); without them `attend_rows`, which is the specification,
+and `attend_padded` on other devices. Longer chunks of prompts go one by one through torch's fused attention, over their
+sequence's pages gathered.
 """
 
+import functools
+import os
 from typing import Any
 
 import torch
@@ -37,7 +40,7 @@ class KVMemory:
         return self.layers[index]
 
     def _pages(self, like: Tensor) -> Tensor:
-        shape = (self.num_pages, like.shape[0], PAGE, like.shape[-1])
+        shape = (self.num_pages + 1, like.shape[0], PAGE, like.shape[-1])  # the last: see idle_page
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def resized(self, num_pages: int) -> "KVMemory":
@@ -46,6 +49,11 @@ class KVMemory:
         for index, (keys, values) in self.layers.items():
             memory.layer(index, keys[0], values[0])
         return memory
+
+    @property
+    def idle_page(self) -> int:
+        """A page that no sequence gets: idle rows of a captured step write there."""
+        return self.num_pages
 
     @property
     def page_bytes(self) -> int:
@@ -78,6 +86,11 @@ class PagedAttention:
     ) -> Tensor:
         """Keep all new keys and values; (singles, heads, d_v) of the tokens that are alone in their chunks."""
         plan, start = self._plan, self._plan.num_singles
+        kernels = _gpu_kernels(keys.dtype, keys.device)
+        if kernels:
+            kernels.append(key, value, keys, values, plan.places)
+            mixed: Tensor = kernels.attend(query.transpose(0, 1), keys, values, plan.tables, plan.lengths, scoring)
+            return mixed
         if not native_attention.supports(keys.dtype, keys.device):
             store(keys, key, plan.places)
             store(values, value, plan.places)
@@ -98,6 +111,36 @@ class PagedAttention:
             pages = self._plan.pages(chunk)
             key, value = (gathered(part, pages)[:, : chunk.end] for part in layer)
         return attend_chunk(query, key, value, scoring).transpose(0, 1)
+
+
+@functools.cache
+def _gpu_kernels(dtype: torch.dtype, device: torch.device) -> Any:
+    """The module of kernels for a GPU where they can serve, else None."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return None
+    try:
+        from server.generation import triton_attention
+    except ImportError:  # torch for CUDA brings triton on Linux only
+        return None
+    serves = triton_attention.supports(dtype, device) and _agrees(triton_attention.attend, dtype, device)
+    return triton_attention if serves else None
+
+
+def _agrees(attend: Any, dtype: torch.dtype, device: torch.device) -> bool:
+    """A small case against torch: what this GPU makes of the kernel must be right before it serves."""
+    generator = torch.Generator().manual_seed(0)
+    query, keys, values = (
+        torch.randn(*shape, generator=generator).to(device, dtype)
+        for shape in ((3, 4, 32), (4, 2, PAGE, 32), (4, 2, PAGE, 32))
+    )
+    tables, lengths = torch.tensor([[0, 1], [2, 0], [3, 1]], device=device), torch.tensor([20, 3, 17], device=device)
+    scoring = Scoring(32**-0.5, is_causal=True, window=None, softcap=None)
+    try:
+        found = attend(query, keys, values, tables, lengths, scoring)
+    except Exception:  # noqa: BLE001  # no compiler, another driver: the torch form serves
+        return False
+    expected = attend_padded(query, keys, values, tables, lengths, scoring)
+    return torch.allclose(found.float(), expected.float(), atol=1e-3 if dtype == torch.float32 else 3e-2)
 
 
 def store(pages: Tensor, new: Tensor, places: Tensor) -> None:

@@ -8,7 +8,7 @@ that cannot be right is refused by name.
 import inspect
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from adapters_store.mixing import Mix, MixedBatch
 from adapters_store.packing import PACKED, attending
 from server.generation import native_attention
 from server.generation.attention import KVMemory, PagedAttention
+from server.generation.graphs import GraphedDecode, StepBuffers
 from server.generation.padded import PagedCache, groups_of
 from server.generation.pages import PAGE, PagePool, pages_for
 from server.generation.plan import Chunk, Plan
@@ -43,6 +44,7 @@ class Decoder:
         self._accepts = set(inspect.signature(self.encoder.model.forward).parameters)
         self.is_packed = config._attn_implementation == PACKED  # noqa: SLF001  # no public way to ask
         self._last: tuple[list[tuple[int, Mix | None]], MixedBatch] | None = None
+        self.graphs: GraphedDecode | None = None
         self.forward_s = 0.0  # spent in the model, in all
         self.memory = self._probed(config)
         num_pages = kv_bytes // self.memory.page_bytes
@@ -53,6 +55,12 @@ class Decoder:
                 f"({self.memory.page_bytes} bytes each): too few for any request"
             )
         self.memory = self.memory.resized(num_pages)
+
+    def use_graphs(self, *, captures: bool) -> None:
+        """Run steps of single tokens over static buffers from now on; captures: as CUDA graphs."""
+        self.graphs = GraphedDecode(
+            self._over_buffers, self.encoder.sites, idle_page=self.memory.idle_page, captures=captures
+        )
 
     @property
     def attention_path(self) -> str:
@@ -73,12 +81,25 @@ class Decoder:
     def forward(self, plan: Plan) -> Tensor:
         """(choosing, vocab_size) float32: logits behind the last token of each chunk that is its sequence's last."""
         start = time.perf_counter()
+        logits = self.graphs.logits(plan, self._batch(plan.rows)) if self.graphs and plan.is_decode else None
+        if logits is None:
+            logits = self._eager(plan)
+        self.forward_s += time.perf_counter() - start
+        return logits
+
+    def _eager(self, plan: Plan) -> Tensor:
         run = self._packed if self.is_packed else self._padded
         hidden = run(plan)
         rows = torch.tensor(plan.choosing, device=hidden.device)
-        logits = self.language.logits(hidden.index_select(0, rows)) if plan.choosing else hidden.new_zeros(0, 1).float()
-        self.forward_s += time.perf_counter() - start
-        return logits
+        return self.language.logits(hidden.index_select(0, rows)) if plan.choosing else hidden.new_zeros(0, 1).float()
+
+    def _over_buffers(self, buffers: StepBuffers, batch: MixedBatch) -> Tensor:
+        """(rows, vocab_size) float32 behind each row; launches only, nothing waits for the device."""
+        ids, positions = buffers.ids[None], buffers.positions[None] + self.encoder.first_position
+        made = ids.new_ones(1, 1, 1, 1)  # a mask of this shape is taken as it is; else the model looks at the positions
+        with self.encoder.sites.mixing(batch), attending(PagedAttention(self.memory, cast(Plan, buffers))):
+            hidden = self._model(input_ids=ids, position_ids=positions, attention_mask=made, use_cache=False)
+        return self.language.logits(hidden)
 
     def _packed(self, plan: Plan) -> Tensor:
         """(tokens, d) hidden states in one forward."""

@@ -47,6 +47,11 @@ class Plan:
         """Tokens of the forward."""
         return sum(chunk.count for chunk in self.chunks)
 
+    @property
+    def is_decode(self) -> bool:
+        """True if it is single tokens only, with a token to choose behind each."""
+        return self.num_singles == len(self.chunks) and all(chunk.is_last for chunk in self.chunks)
+
     @cached_property
     def rows(self) -> list[tuple[int, Mix | None]]:
         """(tokens, mix) of runs of neighbouring tokens under one mix; longer chunks are runs of their own."""

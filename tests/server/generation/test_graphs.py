@@ -16,7 +16,6 @@ from adapters_store.mixing import Mix, MixedBatch
 from adapters_store.packing import PACKED, no_mask, packed_attention
 from adapters_store.primitives import Entry
 from adapters_store.primitives.grouping import Grouping
-from adapters_store.primitives.lowrank import LowRankBank
 from server.generation.batcher import Batcher
 from server.generation.decoder import Decoder
 from server.generation.graphs import GraphedDecode, Shape, StepBuffers, layout_of
@@ -29,15 +28,11 @@ from tests.triton_cases import devices, run_interpreted, starts_itself
 
 AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, no_mask)
-needs_wiring = pytest.mark.skipif(
-    not hasattr(LowRankBank, "grouped") or not hasattr(Decoder, "use_graphs"), reason="kernels are not wired in yet"
-)
 RANKS = [4, 16, 20, 3, 5]
 CPU = torch.device("cpu")
 
 
 @starts_itself
-@needs_wiring
 def test_all_of_this_holds_in_the_interpreter() -> None:
     pytest.importorskip("triton", reason="needs triton")
     run_interpreted(__file__)
@@ -168,7 +163,6 @@ def with_graphs(batcher: Batcher, *, captures: bool) -> Counted:
 
 
 @devices
-@needs_wiring
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_families_decode_over_buffers_as_without_them(device: str, family: str) -> None:
     expected = through(engine(family, device), [None] * 3)
@@ -184,7 +178,6 @@ MIXES = [mix_of(0, 1), None, mix_of(2, 4, weight=0.8), mix_of(0, 1, 2, weight=0.
 
 
 @devices
-@needs_wiring
 def test_compositions_decode_together_as_each_alone_while_adapters_come_and_go(device: str) -> None:
     batcher, generator = engine("llama", device), torch.Generator().manual_seed(9)
     graphs, language = with_graphs(batcher, captures=device == "cuda"), batcher.decoder.language
@@ -212,7 +205,6 @@ def test_compositions_decode_together_as_each_alone_while_adapters_come_and_go(d
 
 
 @devices
-@needs_wiring
 def test_the_layout_changes_with_what_launches_depend_on_and_with_nothing_else(device: str) -> None:
     language, generator = engine("llama", device).decoder.language, torch.Generator().manual_seed(9)
     sites, batch = language.encoder.sites, MixedBatch.of([(1, mix_of(0, 1))], 2, torch.device(device))
@@ -231,7 +223,6 @@ def test_the_layout_changes_with_what_launches_depend_on_and_with_nothing_else(d
 
 
 @devices
-@needs_wiring
 def test_steps_that_need_more_than_low_ranks_run_the_usual_way(device: str) -> None:
     batcher = engine("llama", device)
     graphs, sites = with_graphs(batcher, captures=device == "cuda"), batcher.decoder.encoder.sites
@@ -256,7 +247,6 @@ class NothingIsReadBack(TorchDispatchMode):
 
 
 @devices
-@needs_wiring
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_nothing_in_the_forward_waits_for_the_device(device: str, family: str) -> None:
     decoder = engine(family, device).decoder
