@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from adapters_store import compiled
 
-MAX_ROWS = 64
-_LONG = (32, 2048)  # most rows and least d_in: there x of bfloat16 comes from the second-level cache too slowly
+MAX_ROWS = 64  # on Zen 5, bfloat16 is even with torch at 96; float32 is still faster there, other libraries are quicker
+_LONG = (32, 2048)  # rows and d_in beyond which bfloat16 is slower: x is read from the second-level cache over and over
 _MIN_WEIGHTS = 256 * 256  # below, a call costs about as much as its arithmetic
 _MIN_SHARE = 1 << 20  # products that are worth a thread
 _SOURCE = Path(__file__).with_name("linear.c")
@@ -53,7 +53,7 @@ def pays(rows: int, d_in: int, d_out: int, dtype: torch.dtype) -> bool:
     """True where the kernel is faster than torch, or as fast, with weights that come from memory."""
     if not 0 < rows <= MAX_ROWS or d_in * d_out < _MIN_WEIGHTS:
         return False
-    return dtype == torch.float32 or rows <= _LONG[0] or d_in < _LONG[1]
+    return dtype == torch.float32 or rows <= _LONG[0] or d_in <= _LONG[1]
 
 
 def forward(layer: nn.Linear, input: Tensor) -> Tensor:  # noqa: A002  # nn.Linear's name for it
@@ -69,8 +69,10 @@ def _can(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """True if the kernel knows these tensors and no gradient is to flow through them."""
     if x.dtype not in _load()[0] or not (x.is_cpu and weight.is_cpu and weight.is_contiguous()):
         return False
-    if x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype or (bias is not None and x.dtype != bias.dtype):
+    if x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
         return False  # for torch to say
+    if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
+        return False
     return not (torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (x, weight, bias)))
 
 
@@ -107,6 +109,8 @@ def _load() -> tuple[_Functions, Status]:
     except compiled.FAILURES as error:
         return {}, Status(False, f"torch multiplies few rows: {compiled.reason(error)}")
     functions = {dtype: getattr(library, name) for dtype, name in _LINEAR.items() if hasattr(library, name)}
+    if _has_matrix_units():
+        functions.pop(torch.bfloat16, None)  # torch uses them; whether the kernel is faster there was not measured
     for function in functions.values():
         function.argtypes, function.restype = [ctypes.c_int64] * 9, None
     if not functions:
@@ -115,6 +119,12 @@ def _load() -> tuple[_Functions, Status]:
         return {}, Status(False, "built, but its results differ from torch's; torch multiplies few rows")
     names = " and ".join(str(dtype).removeprefix("torch.") for dtype in functions)
     return functions, Status(True, f"native linear layers of few rows for {platform.machine()}, {names}")
+
+
+def _has_matrix_units() -> bool:
+    """True for processors with AMX."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and "amx_bf16" in cpuinfo.read_text()
 
 
 def _agrees_with_torch(dtype: torch.dtype, function: Callable[..., None]) -> bool:

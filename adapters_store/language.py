@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapters_store import few_rows
 from adapters_store.encoder import Encoder, Rows
 from adapters_store.errors import UnsupportedError
 from adapters_store.mixing import Mix
@@ -39,7 +40,9 @@ class LanguageModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, vocab_size) float32 of hidden states (n, hidden_size)."""
-        logits: Tensor = self._projection(hidden).float() * self._factor
+        layer = self._projection
+        projected = few_rows.forward(layer, hidden) if type(layer) is nn.Linear else layer(hidden)
+        logits: Tensor = projected.float() * self._factor
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
 
     def logprobs(

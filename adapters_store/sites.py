@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adapters_store import few_rows
 from adapters_store.errors import KeysError, NoSiteError, UnknownSiteError
 from adapters_store.mixing import MixedBatch
 from adapters_store.places import blocks, is_linear, layers_by_name, widths
@@ -203,9 +204,10 @@ class Sites(Mapping[str, Site]):
 @functools.cache
 def _sited(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a module class whose forward goes through its site."""
+    own: Callable[..., Any] = few_rows.forward if cls is nn.Linear else cls.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = cls.forward(self, *args, **kwargs)
+        output = own(self, *args, **kwargs)
         site: Site = self._espalier_site
         if site.owner.batch is None:
             return output

@@ -249,7 +249,8 @@ class Ready(BaseModel):
     dtype: str | None = None
     device: str | None = None
     forward: Literal["packed", "padded"] | None = None
-    operator_path: str | None = None
+    operator_path: str | None = Field(None, description="what adds low-rank adapters")
+    linear_path: str | None = Field(None, description="what multiplies the backbone's weights with few rows")
     adapters: int | None = None
     tasks: int | None = None
     graph_version: int | None = None

@@ -193,6 +193,16 @@ def test_forward_takes_the_kernel_for_few_rows_and_torch_for_many(calls: Calls) 
         assert calls.count == expected
 
 
+def test_it_pays_for_few_rows_of_large_weights() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert few_rows.pays(1, 512, 512, dtype)
+        assert few_rows.pays(few_rows.MAX_ROWS, 512, 512, dtype)
+        assert not few_rows.pays(few_rows.MAX_ROWS + 1, 512, 512, dtype)
+        assert not few_rows.pays(1, 32, 32, dtype)
+        assert few_rows.pays(16, 4096, 4096, dtype)
+    assert not few_rows.pays(few_rows.MAX_ROWS, 4096, 4096, torch.bfloat16)
+
+
 @needs_kernel
 @pytest.mark.parametrize("part", ["x", "weight", "bias"])
 def test_gradients_are_never_lost(calls: Calls, part: str) -> None:
@@ -227,7 +237,10 @@ def test_what_the_kernel_cannot_take_is_torchs(calls: Calls) -> None:
     layer, x = nn.Linear(300, 300).requires_grad_(False), torch.randn(3, 300)
     turned = nn.Linear(300, 300).requires_grad_(False)
     turned.weight.data = turned.weight.mT
+    strided = nn.Linear(300, 300).requires_grad_(False)
+    strided.bias.data = torch.randn(600)[::2]
 
+    torch.testing.assert_close(few_rows.forward(strided, x), strided(x))
     torch.testing.assert_close(few_rows.forward(turned, x), turned(x))
     torch.testing.assert_close(few_rows.forward(layer.double(), x.double()), layer(x.double()))
     with pytest.raises(RuntimeError):

@@ -137,9 +137,9 @@ class Case:
     def _profiles(self) -> list[dict[str, Any]]:
         if self.batcher is None or self.setting.requests < 64 or self.setting.hidden > 512:
             return []
-        shares = {
-            name: profile(self.variants[name], self.requests) for name in ("a", "b1", "b4") if name in self.measured
-        }
+        model = self.batcher.decoder.language.model
+        names = [name for name in ("a", "b1", "b4") if name in self.measured]
+        shares = {name: profile(self.variants[name], model, self.requests) for name in names}
         return [{**vars(self.setting), "profile": name, **found} for name, found in shares.items()]
 
 

@@ -23,9 +23,8 @@ STEP: dict[str, tuple[Any, str]] = {
     "forward": (Decoder, "forward"),
     "sampling": (batcher_module, "choose"),
 }
-# Parts of the forward, none of them within another.
+# Parts of the forward, none of them within another; linear layers come on top (`timed_linears`).
 INSIDE: dict[str, tuple[Any, str]] = {
-    "linear": (nn.Linear, "forward"),
     "attention": (PagedAttention, "__call__"),
     "adapters": (Site, "apply"),
     "norms": (modeling_llama.LlamaRMSNorm, "forward"),
@@ -55,12 +54,27 @@ def _timing(call: Callable[..., Any], part: str, seconds: dict[str, float]) -> C
     return wrapped
 
 
-def profile(variant: Variant, requests: Sequence[Request]) -> dict[str, float]:
+@contextmanager
+def timed_linears(model: nn.Module) -> Iterator[list[float]]:
+    """While inside, CPU seconds of each call of a linear layer, its adapters included, are collected."""
+    starts: list[float] = []
+    seconds: list[float] = []
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                before = module.register_forward_pre_hook(lambda *_: starts.append(time.thread_time()))
+                after = module.register_forward_hook(lambda *_: seconds.append(time.thread_time() - starts.pop()))
+                stack.callback(before.remove)
+                stack.callback(after.remove)
+        yield seconds
+
+
+def profile(variant: Variant, model: nn.Module, requests: Sequence[Request]) -> dict[str, float]:
     """Shares of a step's time, in a run of its own: timing the parts makes it slower by a percent or so."""
-    with timed(STEP | INSIDE) as seconds:
+    with timed(STEP | INSIDE) as seconds, timed_linears(model) as linears:
         variant(requests)
-    shares = {part: seconds[part] / seconds["step"] for part in INSIDE}
-    shares["other_in_forward"] = seconds["forward"] / seconds["step"] - sum(shares.values())
-    shares["sampling"] = seconds["sampling"] / seconds["step"]
-    shares["other_outside"] = 1 - (seconds["forward"] + seconds["sampling"]) / seconds["step"]
-    return {part: round(share, 4) for part, share in shares.items()}
+    inside = {"linear": sum(linears) - seconds["adapters"]} | {part: seconds[part] for part in INSIDE}
+    inside["other_in_forward"] = seconds["forward"] - sum(inside.values())
+    outside = {"sampling": seconds["sampling"]}
+    outside["other_outside"] = seconds["step"] - seconds["forward"] - seconds["sampling"]
+    return {part: round(share / seconds["step"], 4) for part, share in (inside | outside).items()}
