@@ -1,5 +1,6 @@
 """Where the time of a generation step goes: parts of the engine, timed from outside in CPU time of the thread."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,13 +24,13 @@ STEP: dict[str, tuple[Any, str]] = {
     "forward": (Decoder, "forward"),
     "sampling": (batcher_module, "choose"),
 }
-# Parts of the forward, none of them within another; linear layers come on top (`timed_linears`).
+# Parts of the forward; MODULES are parts too.
 INSIDE: dict[str, tuple[Any, str]] = {
     "attention": (PagedAttention, "__call__"),
     "adapters": (Site, "apply"),
-    "norms": (modeling_llama.LlamaRMSNorm, "forward"),
     "rotary": (modeling_llama, "apply_rotary_pos_emb"),
 }
+MODULES: dict[str, type[nn.Module]] = {"linear": nn.Linear, "norms": modeling_llama.LlamaRMSNorm}
 
 
 @contextmanager
@@ -55,15 +56,19 @@ def _timing(call: Callable[..., Any], part: str, seconds: dict[str, float]) -> C
 
 
 @contextmanager
-def timed_linears(model: nn.Module) -> Iterator[list[float]]:
-    """While inside, CPU seconds of each call of a linear layer, its adapters included, are collected."""
+def timed_modules(model: nn.Module) -> Iterator[dict[str, float]]:
+    """While inside, the CPU seconds spent in each kind of module are summed up, its adapters included."""
     starts: list[float] = []
-    seconds: list[float] = []
+    seconds = dict.fromkeys(MODULES, 0.0)
+
+    def ended(part: str) -> None:
+        seconds[part] += time.thread_time() - starts.pop()
+
     with ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
+        for part, module in itertools.product(MODULES, model.modules()):
+            if isinstance(module, MODULES[part]):
                 before = module.register_forward_pre_hook(lambda *_: starts.append(time.thread_time()))
-                after = module.register_forward_hook(lambda *_: seconds.append(time.thread_time() - starts.pop()))
+                after = module.register_forward_hook(lambda *_, part=part: ended(part))
                 stack.callback(before.remove)
                 stack.callback(after.remove)
         yield seconds
@@ -71,9 +76,10 @@ def timed_linears(model: nn.Module) -> Iterator[list[float]]:
 
 def profile(variant: Variant, model: nn.Module, requests: Sequence[Request]) -> dict[str, float]:
     """Shares of a step's time, in a run of its own: timing the parts makes it slower by a percent or so."""
-    with timed(STEP | INSIDE) as seconds, timed_linears(model) as linears:
+    with timed(STEP | INSIDE) as seconds, timed_modules(model) as modules:
         variant(requests)
-    inside = {"linear": sum(linears) - seconds["adapters"]} | {part: seconds[part] for part in INSIDE}
+    inside = modules | {part: seconds[part] for part in INSIDE}
+    inside["linear"] -= seconds["adapters"]  # they act at linear layers, and within them
     inside["other_in_forward"] = seconds["forward"] - sum(inside.values())
     outside = {"sampling": seconds["sampling"]}
     outside["other_outside"] = seconds["step"] - seconds["forward"] - seconds["sampling"]

@@ -170,7 +170,7 @@ def test_an_upload_is_proved_by_the_texts_it_promises(
         return
     assert response.status_code == 201, response.text
     published = response.json()["manifest"]
-    assert (published["generation"], len(published["golden"])) == ({"max_tokens": 5}, 1)
+    assert (published["generation"], len(published["golden"])) == ({"max_tokens": 5, "stop": []}, 1)
     assert len(infer(client, {"task": "new", "text": "t5"})["outputs"][0]["text"].split()) == 5
 
 
