@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE ?= 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve train test test-clients check fmt lint types bench bench-http bench-fdu lock clean
+.PHONY: help setup demo serve train test test-clients check fmt lint types bench bench-http bench-generate bench-fdu lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -68,6 +68,10 @@ bench: setup ## cost of composing over the bare backbone, next to PEFT; writes t
 
 bench-http: setup ## the server end to end over HTTP, next to its engine alone
 	$(BIN)/python -W ignore -m tests.bench.end_to_end
+
+bench-generate: setup ## generation next to transformers' two ways and PEFT; writes tests/bench/results/generate.jsonl
+	$(BIN)/python -W ignore -m tests.bench.generate
+	$(BIN)/python -W ignore -m tests.bench.generate_gpu
 
 bench-fdu: setup ## train and serve the 16 tasks of ../shared/data/fdu_mtl; writes tests/bench/results/fdu.jsonl
 	$(BIN)/python -W ignore -m tests.bench.fdu

@@ -46,7 +46,7 @@ class Encoder:
         """Longest row in tokens."""
         config: Any = self.model.config
         positions: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        return (positions or 512) - self.first_position
+        return min(positions or 512, _unscaled_positions(config) or positions or 512) - self.first_position
 
     def tokens_run(self, lengths: Sequence[int]) -> int:
         """Tokens that a batch of rows of these lengths computes, padding included."""
@@ -169,6 +169,18 @@ def _first_position(model: nn.Module) -> int:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
             return module.padding_idx + 1
     return 0
+
+
+def _unscaled_positions(config: Any) -> int | None:
+    """Positions up to which LongRoPE (Phi-3 128k) keeps its factors; None for other models.
+
+    Beyond, the model library changes them for the whole batch by its longest row, and rows would see their neighbours.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    found = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    return int(found) if found else None
 
 
 def _take_pooler(model: nn.Module) -> Callable[[Tensor], Tensor] | None:

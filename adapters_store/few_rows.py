@@ -2,7 +2,8 @@
 
 Decoding steps and small requests multiply each weight with a few rows only, and libraries made for many rows then spend
 their time on laying weights out anew instead of reading them. `forward` stands in for nn.Linear's own forward and takes
-the kernel where it is faster. Without a compiler or AVX-512, on a GPU, or where the check fails, torch serves;
+the kernel where it is faster, and for many rows the faster of torch's own libraries. Without a compiler or AVX-512, on
+a GPU, or where the check fails, torch serves;
 `status()` says which and why. ESPALIER_NATIVE=0 switches the kernel off.
 """
 
@@ -57,12 +58,30 @@ def pays(rows: int, d_in: int, d_out: int, dtype: torch.dtype) -> bool:
 
 
 def forward(layer: nn.Linear, input: Tensor) -> Tensor:  # noqa: A002  # nn.Linear's name for it
-    """What nn.Linear's own forward gives: x W^T + b; by the kernel where it pays and no gradient is wanted."""
+    """What nn.Linear's own forward gives: x W^T + b; by what is fastest where no gradient is wanted."""
     weight, bias = layer.weight, layer.bias
     d_out, d_in = weight.shape
-    if not pays(input.numel() // (d_in or 1), d_in, d_out, input.dtype) or not _can(input, weight, bias):
+    rows = input.numel() // (d_in or 1)
+    if d_in * d_out < _MIN_WEIGHTS or not rows or not _can(input, weight, bias):
         return F.linear(input, weight, bias)
-    return linear(input, weight, bias)
+    if pays(rows, d_in, d_out, input.dtype):
+        return linear(input, weight, bias)
+    return _many_rows(input, weight, bias)
+
+
+def _many_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """By torch's oneDNN where its usual library was measured to take twice as long: float32 on AMD's processors."""
+    if x.dtype == torch.float32 and _is_amd() and x.is_contiguous():
+        found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # noqa: SLF001  # its name
+        return found
+    return F.linear(x, weight, bias)
+
+
+@functools.cache
+def _is_amd() -> bool:
+    """True on AMD's processors, with oneDNN in torch."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return torch.backends.mkldnn.is_available() and cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
 
 
 def _can(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

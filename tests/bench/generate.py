@@ -137,9 +137,9 @@ class Case:
     def _profiles(self) -> list[dict[str, Any]]:
         if self.batcher is None or self.setting.requests < 64 or self.setting.hidden > 512:
             return []
-        model = self.batcher.decoder.language.model
+        backbone = self.batcher.decoder.encoder.model
         names = [name for name in ("a", "b1", "b4") if name in self.measured]
-        shares = {name: profile(self.variants[name], model, self.requests) for name in names}
+        shares = {name: profile(self.variants[name], backbone, self.requests) for name in names}
         return [{**vars(self.setting), "profile": name, **found} for name, found in shares.items()]
 
 

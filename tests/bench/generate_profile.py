@@ -10,6 +10,7 @@ from unittest import mock
 from torch import nn
 from transformers.models.llama import modeling_llama
 
+from adapters_store.language import LanguageModel
 from adapters_store.sites import Site
 from server.generation import batcher as batcher_module
 from server.generation.attention import PagedAttention
@@ -29,6 +30,7 @@ INSIDE: dict[str, tuple[Any, str]] = {
     "attention": (PagedAttention, "__call__"),
     "adapters": (Site, "apply"),
     "rotary": (modeling_llama, "apply_rotary_pos_emb"),
+    "logits": (LanguageModel, "logits"),
 }
 MODULES: dict[str, type[nn.Module]] = {"linear": nn.Linear, "norms": modeling_llama.LlamaRMSNorm}
 
@@ -56,8 +58,8 @@ def _timing(call: Callable[..., Any], part: str, seconds: dict[str, float]) -> C
 
 
 @contextmanager
-def timed_modules(model: nn.Module) -> Iterator[dict[str, float]]:
-    """While inside, the CPU seconds spent in each kind of module are summed up, its adapters included."""
+def timed_modules(backbone: nn.Module) -> Iterator[dict[str, float]]:
+    """While inside, the CPU seconds spent in each kind of module of a backbone are summed up, adapters included."""
     starts: list[float] = []
     seconds = dict.fromkeys(MODULES, 0.0)
 
@@ -65,7 +67,7 @@ def timed_modules(model: nn.Module) -> Iterator[dict[str, float]]:
         seconds[part] += time.thread_time() - starts.pop()
 
     with ExitStack() as stack:
-        for part, module in itertools.product(MODULES, model.modules()):
+        for part, module in itertools.product(MODULES, backbone.modules()):
             if isinstance(module, MODULES[part]):
                 before = module.register_forward_pre_hook(lambda *_: starts.append(time.thread_time()))
                 after = module.register_forward_hook(lambda *_, part=part: ended(part))
@@ -74,9 +76,9 @@ def timed_modules(model: nn.Module) -> Iterator[dict[str, float]]:
         yield seconds
 
 
-def profile(variant: Variant, model: nn.Module, requests: Sequence[Request]) -> dict[str, float]:
+def profile(variant: Variant, backbone: nn.Module, requests: Sequence[Request]) -> dict[str, float]:
     """Shares of a step's time, in a run of its own: timing the parts makes it slower by a percent or so."""
-    with timed(STEP | INSIDE) as seconds, timed_modules(model) as modules:
+    with timed(STEP | INSIDE) as seconds, timed_modules(backbone) as modules:
         variant(requests)
     inside = modules | {part: seconds[part] for part in INSIDE}
     inside["linear"] -= seconds["adapters"]  # they act at linear layers, and within them

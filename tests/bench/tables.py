@@ -102,7 +102,8 @@ def generate() -> str:
     rows.append(
         f"\nAt 64 requests at most {outside:.1%} of a step is spent outside the model's forward. {_equalities(found)}"
     )
-    return "\n".join(rows)
+    commit = lines("generate")[0]["machine"]["commit"]
+    return "\n".join([*rows, f"\n(Commit {commit}; where the time of a step goes is in the file.)"])
 
 
 def _equalities(found: Sequence[dict[str, Any]]) -> str:
