@@ -3,8 +3,7 @@
 Decoding steps and small requests multiply each weight with a few rows only, and libraries made for many rows then spend
 their time on laying weights out anew instead of reading them. `forward` stands in for nn.Linear's own forward and takes
 the kernel where it is faster, and for many rows the faster of torch's own libraries. Without a compiler or AVX-512, on
-a GPU, or where the check fails, torch serves;
-`status()` says which and why. ESPALIER_NATIVE=0 switches the kernel off.
+a GPU, or where the check fails, torch serves; `status()` says which and why. ESPALIER_NATIVE=0 switches the kernel off.
 """
 
 import ctypes
@@ -81,7 +80,8 @@ def _many_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _is_amd() -> bool:
     """True on AMD's processors, with oneDNN in torch."""
     cpuinfo = Path("/proc/cpuinfo")
-    return torch.backends.mkldnn.is_available() and cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
+    has_library = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    return has_library and cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
 
 
 def _can(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

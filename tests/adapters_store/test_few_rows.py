@@ -267,3 +267,18 @@ def test_without_a_kernel_torch_serves_and_the_status_says_why(
     active, detail, supported, equal = json.loads(answer.stdout.splitlines()[-1])
     assert (active, supported, equal) == (False, False, True)
     assert reason in detail
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("shape", [(300, 512), (1, 300, 512), (2, 3, 50, 512)])
+def test_many_rows_are_torchs_whichever_library_multiplies(shape: tuple[int, ...], has_bias: bool) -> None:
+    layer, x = torch.nn.Linear(512, 640, bias=has_bias), torch.randn(shape)
+
+    with torch.no_grad():
+        found = few_rows.forward(layer, x)
+        strided = few_rows.forward(layer, torch.randn(300, 1024)[:, ::2])
+
+    assert torch.allclose(found, layer(x), atol=1e-4)
+    assert found.shape == (*shape[:-1], 640)
+    assert strided.shape == (300, 640)
+    assert few_rows.forward(layer, x.requires_grad_()).requires_grad
