@@ -45,8 +45,9 @@ class Encoder:
     def max_length(self) -> int:
         """Longest row in tokens."""
         config: Any = self.model.config
-        positions: int | None = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        return min(positions or 512, _unscaled_positions(config) or positions or 512) - self.first_position
+        names = ("max_position_embeddings", "n_positions", "seq_length")  # the last one is Bloom's
+        positions = next((int(found) for name in names if (found := getattr(config, name, None))), 512)
+        return min(positions, _unscaled_positions(config) or positions) - self.first_position
 
     def tokens_run(self, lengths: Sequence[int]) -> int:
         """Tokens that a batch of rows of these lengths computes, padding included."""

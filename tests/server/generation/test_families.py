@@ -2,6 +2,7 @@
 
 import random
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,37 @@ def test_together_they_are_what_generate_gives_each_alone(family: str, step_toke
     assert len({token for row in expected(family) for token in row}) > 10, "the model does not repeat itself"
     assert batcher.pool.num_held == 0
     assert (batcher.counters.preemptions > 0) == (pages == 7)
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4} | LLAMA3}),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+    ("mistral", {"sliding_window": None}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    ("gemma2", {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 16}),
+    ("gemma3_text", {"sliding_window": 8, "num_hidden_layers": 3}),
+    ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
+    ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 0.5}),
+    ("falcon", {"alibi": True}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    ("bloom", {"apply_residual_connection_post_layernorm": True}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes"), VARIANTS)
+def test_other_members_of_a_family_are_right_too(family: str, changes: dict[str, Any]) -> None:
+    batcher = Batcher(decoder_of(LanguageModel(causal(family, **changes))), step_tokens=40, max_sequences=6)
+    sequences = [sequence(prompt, 6 + 3 * i) for i, prompt in enumerate(prompts(0))]
+    for one in sequences:
+        batcher.add(one)
+
+    finish(batcher)
+
+    model = causal(family, **changes)
+    assert [output(one) for one in sequences] == [greedy(model, p, 6 + 3 * i) for i, p in enumerate(prompts(0))]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
