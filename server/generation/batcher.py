@@ -82,7 +82,7 @@ class Batcher:
             logits = self.decoder.forward(plan)
             events = self._postprocess(plan, logits)
         except Exception as error:  # noqa: BLE001  # whatever it was, the other sequences go on
-            return self._fail(chunks, error)
+            return self._fail([chunk.sequence for chunk in chunks], error)
         self._count(plan, time.perf_counter() - start, self.decoder.forward_s - before)
         return events
 
@@ -176,9 +176,14 @@ class Batcher:
             gone = set(map(id, sequences))
             self.running = [sequence for sequence in self.running if id(sequence) not in gone]
 
-    def _fail(self, chunks: list[Chunk], error: Exception) -> list[Event]:
+    def end_all(self, error: Exception) -> list[Event]:
+        """End every sequence, because scheduling itself went wrong."""
+        sequences = [*self.running, *self.waiting]
+        self.waiting.clear()
+        return self._fail(sequences, error)
+
+    def _fail(self, sequences: list[TokenSequence], error: Exception) -> list[Event]:
         """End the sequences of a step that failed."""
-        sequences = [chunk.sequence for chunk in chunks]
         self._let_go(sequences)
         failed = BatchFailedError("the forward pass failed; the server's log says why")
         failed.__cause__ = error

@@ -125,7 +125,10 @@ class Generator:
 
     def _step(self, loop: asyncio.AbstractEventLoop) -> None:
         """On the engine's thread: one step, then the next behind whatever else was asked for meanwhile."""
-        events = self.batcher.step()
+        try:
+            events = self.batcher.step()
+        except Exception as error:  # noqa: BLE001  # a bug of ours outside of any forward; still, every request must end
+            events = self.batcher.end_all(error)
         if events:
             loop.call_soon_threadsafe(self._deliver, events)
         self._is_going = self.batcher.has_work

@@ -8,7 +8,7 @@ import pytest
 
 from adapters_store.language import LanguageModel
 from server.compose import Ask
-from server.errors import OverloadedError
+from server.errors import BatchFailedError, OverloadedError
 from server.generation.ask import generating
 from server.generation.batcher import Batcher
 from server.generation.generation import Stopping, Wanted
@@ -146,3 +146,21 @@ def test_stopping_the_server_finishes_what_was_admitted(decoder: Path, tmp_path:
         await asyncio.gather(*tasks)
 
     asyncio.run(stopped())
+
+
+def test_an_error_of_scheduling_ends_every_request_and_the_next_is_answered(
+    decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(tmp_path / "store", decoder)
+
+    async def failing() -> None:
+        async with running(settings_for(decoder, store, kv_mb=1)) as service:
+            assert service.generator is not None
+            with monkeypatch.context() as patch:
+                patch.setattr(service.generator.batcher, "_schedule", lambda: 1 / 0)
+                ends = await asyncio.gather(*(stay(service, i) for i in range(5)), return_exceptions=True)
+            assert {type(end) for end in ends} == {BatchFailedError}
+            await until_async(lambda: not held(service), "nothing held")
+            await stay(service, 1)
+
+    asyncio.run(failing())
