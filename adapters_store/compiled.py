@@ -12,10 +12,19 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared")
 FAILURES = (OSError, RuntimeError, subprocess.SubprocessError)  # RuntimeError: no home folder to cache in
+
+
+@dataclass(frozen=True)
+class Status:
+    """Whether a native kernel serves, and what the operator should know about it."""
+
+    active: bool
+    detail: str
 
 
 def build(name: str, sources: Sequence[Path], flags: Sequence[str] = FLAGS, *, included: Sequence[Path] = ()) -> Path:

@@ -11,7 +11,6 @@ import functools
 import itertools
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapters_store import compiled
+from adapters_store.compiled import Status
 
 MAX_ROWS = 64  # on Zen 5, bfloat16 is even with torch at 96; float32 is still faster there, other libraries are quicker
 _LONG = (32, 2048)  # rows and d_in beyond which bfloat16 is slower: x is read from the second-level cache over and over
@@ -26,14 +26,6 @@ _MIN_WEIGHTS = 256 * 256  # below, a call costs about as much as its arithmetic
 _MIN_SHARE = 1 << 20  # products that are worth a thread
 _SOURCE = Path(__file__).with_name("linear.c")
 _LINEAR = {torch.float32: "linear_f32", torch.bfloat16: "linear_bf16"}
-
-
-@dataclass(frozen=True)
-class Status:
-    """Whether the native kernel serves, and what the operator should know about it."""
-
-    active: bool
-    detail: str
 
 
 _Functions = dict[torch.dtype, Callable[..., None]]  # they release the GIL, and share torch's threads (same soname)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from adapters_store import compiled
+from adapters_store.compiled import Status
 from adapters_store.mixing import Mix, MixedBatch
 from adapters_store.primitives.panels import Panels
 from adapters_store.primitives.two_layer import Pair
@@ -23,14 +24,6 @@ from adapters_store.primitives.two_layer import Pair
 MAX_RANK = 512  # beyond, a product is wide enough for torch's own
 _FLAGS = (*compiled.FLAGS, "-ffp-contract=off")  # lowrank.c says why
 _SOURCE, _INCLUDED = (Path(__file__).with_name(name) for name in ("lowrank.c", "lowrank_bf16.c"))
-
-
-@dataclass(frozen=True)
-class Status:
-    """Whether the native kernel serves, and what the operator should know about it."""
-
-    active: bool
-    detail: str
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,11 @@ import torch
 from torch import Tensor
 
 from adapters_store import compiled
+from adapters_store.compiled import Status
 from server.generation.pages import PAGE
 
 _SOURCE = Path(__file__).with_name("attention.c")
 _DECODE = {torch.float32: "attention_decode_f32", torch.bfloat16: "attention_decode_bf16"}
-
-
-@dataclass(frozen=True)
-class Status:
-    """Whether the native kernel serves, and what the operator should know about it."""
-
-    active: bool
-    detail: str
 
 
 class _Call(ctypes.Structure):
