@@ -82,10 +82,14 @@ class Task:
 
 
 def read_tasks(folder: Path, sampling: Sampling = Sampling(), names: Sequence[str] = ()) -> list[Task]:
-    """The tasks of a folder of task folders, by name; `names` chooses some. Raises DataError."""
+    """The tasks of a folder of task folders, by name; `names` chooses some. Raises DataError.
+
+    A folder whose name begins with an underscore or a dot is no task: out-of-scope texts, caches.
+    """
     if not folder.is_dir():
         raise DataError(f"{folder}: expected a folder with one folder per task, each with a train.jsonl")
-    folders = {_name(path): path for path in sorted(folder.iterdir()) if (path / "train.jsonl").is_file()}
+    found = [path for path in sorted(folder.iterdir()) if path.name[0] not in "_." and (path / "train.jsonl").is_file()]
+    folders = {_name(path): path for path in found}
     if not folders:
         raise DataError(f"{folder}: no task here; expected folders that hold a train.jsonl")
     missing = sorted(set(names) - set(folders))
