@@ -1,19 +1,21 @@
 """Which adapters answer a request, with what weight at each layer.
 
 prior:    alpha_kl = softmax_k(E_tkl / tau + lambda * log Pi_tk) over the modules in the task's prior row, then at most
-          top_k modules, then a relative gate (alpha_kl >= theta * max_j alpha_jl), renormalised per layer. Without
-          evidence E the weights are the prior's own; the gate never empties a layer.
+          top_k modules, then path selection (paths.py), then a relative gate (alpha_kl >= theta * max_j alpha_jl),
+          renormalised per layer, times the task's mass at the layer (1 unless the graph says otherwise). Without
+          evidence E the weights are the prior's own; neither gate nor paths empty a layer.
 single:   the task's own adapter. explicit: weights as given, not normalised. none: the bare backbone.
 A mixture of tasks is the weighted mean of their compositions.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from adapters_store import paths
 from adapters_store.errors import InvalidCompositionError
 from adapters_store.graph import Knobs
 
@@ -34,11 +36,17 @@ class Overrides:
 
 
 def from_prior(
-    row: Mapping[str, float], evidence: Mapping[str, Sequence[float]], knobs: Knobs, num_layers: int
+    row: Mapping[str, float],
+    evidence: Mapping[str, Sequence[float]],
+    knobs: Knobs,
+    num_layers: int,
+    mass: Sequence[float] = (),
+    diffused: Callable[[str], Mapping[str, float]] | None = None,
 ) -> Weights:
-    """Weights per layer from a task's prior row and its evidence; they sum to 1 at each layer.
+    """Weights per layer from a task's prior row and its evidence; they sum to the mass at each layer, or to 1.
 
-    Raises InvalidCompositionError for evidence with another number of layers.
+    diffused: module -> its own prior row, which path selection reads; without it paths know no relations and stay.
+    Raises InvalidCompositionError for evidence or mass with another number of layers.
     """
     modules = list(row)
     logits = (
@@ -47,12 +55,24 @@ def from_prior(
     logits += knobs.strength * np.log(np.array([row[module] for module in modules]))[:, None]
     alpha = _softmax(logits)
     kept = np.argsort(-alpha.mean(axis=1), kind="stable")[: knobs.top_k]
-    alpha = alpha[kept]
+    modules, alpha = [modules[i] for i in kept.tolist()], alpha[kept]
+    if knobs.path != "none":
+        alpha = np.where(paths.keep(alpha, _between(modules, diffused), knobs), alpha, 0)
     alpha = np.where(alpha >= knobs.threshold * alpha.max(axis=0), alpha, 0)
-    alpha /= alpha.sum(axis=0)
-    return {
-        modules[i]: weights.astype(np.float32) for i, weights in zip(kept.tolist(), alpha, strict=True) if weights.any()
-    }
+    alpha *= _mass(mass, num_layers) / alpha.sum(axis=0)
+    return {module: weights.astype(np.float32) for module, weights in zip(modules, alpha, strict=True) if weights.any()}
+
+
+def _between(modules: Sequence[str], diffused: Callable[[str], Mapping[str, float]] | None) -> npt.NDArray[np.float64]:
+    """(k, k) S between these modules."""
+    rows = [diffused(module) if diffused else {module: 1.0} for module in modules]
+    return np.array([[row.get(module, 0.0) for module in modules] for row in rows])
+
+
+def _mass(mass: Sequence[float], num_layers: int) -> npt.NDArray[np.float64]:
+    if len(mass) not in (0, num_layers):
+        raise InvalidCompositionError(f"the graph's mass has {len(mass)} layers, the backbone has {num_layers}")
+    return np.asarray(mass, np.float64) if len(mass) else np.ones(num_layers)
 
 
 def _evidence(evidence: Mapping[str, Sequence[float]], module: str, num_layers: int) -> npt.NDArray[np.float64]:

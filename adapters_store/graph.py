@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from adapters_store.errors import EspalierError, InvalidGraphError, TaskNotFoundError
 from adapters_store.references import check_name, parse_reference
 
+MAX_MASS = 1e4  # as for weights that callers give
+
 
 class Knobs(BaseModel):
     """What an operator may turn. Defaults as in the method's starting values."""
@@ -35,6 +37,13 @@ class Knobs(BaseModel):
     temperature: float = Field(1.0, gt=0, description="tau: divides the evidence; large values leave the prior alone")
     threshold: float = Field(0.05, ge=0, le=1, description="theta: weights below theta x the largest are gated out")
     top_k: int | None = Field(None, ge=1, description="at most so many adapters per request")
+    path: Literal["none", "marginals", "viterbi"] = Field(
+        "none", description="select modules layer by layer along paths: by their marginal, or on the best paths"
+    )
+    stay: float = Field(0.8, ge=0, le=1, description="rho: how much a path prefers to stay on its module")
+    path_strength: float = Field(1.0, ge=0, description="mu: weight of the transitions against the modules' own scores")
+    path_threshold: float = Field(0.05, ge=0, le=1, description="marginals: keep what has this share of the largest")
+    num_paths: int = Field(1, ge=1, le=64, description="viterbi: keep the modules of so many best paths")
 
 
 class GraphAttributes(BaseModel):
@@ -44,6 +53,9 @@ class GraphAttributes(BaseModel):
 
     knobs: Knobs = Knobs()
     evidence: dict[str, dict[str, list[float]]] = Field({}, description="task -> module -> evidence per layer")
+    mass: dict[str, list[float]] = Field(
+        {}, description="task -> what its weights sum to at each layer; 1 where it is not given"
+    )
     views: dict[str, float] = Field({}, description="fusion weight of each relation view")
     provenance: dict[str, Any] = Field({}, description="how and from what the relations were estimated")
 
@@ -55,6 +67,7 @@ class Node(BaseModel):
 
     id: str
     adapter: str | None = Field(None, description="reference of the module; the adapter of the task's name if absent")
+    role: Literal["task", "module"] = Field("task", description="module: shared by tasks, and no task of its own")
 
     @field_validator("id")
     @classmethod
@@ -99,7 +112,7 @@ class RelationGraph:
     """A checked relation graph. Immutable: a change makes a new version."""
 
     def __init__(self, document: GraphDocument) -> None:
-        """Raises InvalidGraphError for doubled nodes, edges to nowhere, or evidence for unknown nodes."""
+        """Raises InvalidGraphError for doubled nodes, edges to nowhere, evidence or mass for unknown nodes."""
         self.attributes = document.graph
         self.knobs = document.graph.knobs
         self.nodes: dict[str, Node] = {node.id: node for node in document.nodes}
@@ -143,6 +156,11 @@ class RelationGraph:
             )
         return self.nodes[task]
 
+    @property
+    def tasks(self) -> list[str]:
+        """The nodes that are tasks, in the document's order."""
+        return [name for name, node in self.nodes.items() if node.role == "task"]
+
     def _network(self, document: GraphDocument) -> "nx.DiGraph[str]":
         network: nx.DiGraph[str] = nx.DiGraph()
         for node in document.nodes:
@@ -163,3 +181,8 @@ class RelationGraph:
                     raise InvalidGraphError(f"evidence for {task} -> {module}: both must be nodes")
                 if not values or not all(math.isfinite(value) for value in values):
                     raise InvalidGraphError(f"evidence for {task} -> {module} must be one finite number per layer")
+        for task, masses in self.attributes.mass.items():
+            if task not in self.nodes:
+                raise InvalidGraphError(f"mass for {task}, which is no node")
+            if not masses or not all(math.isfinite(value) and 0 <= value <= MAX_MASS for value in masses):
+                raise InvalidGraphError(f"mass for {task} must be one number from 0 to {MAX_MASS:g} per layer")

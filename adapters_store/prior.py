@@ -12,7 +12,7 @@ that one row of 10,000 tasks with 50 edges each takes a few milliseconds.
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,18 @@ class Prior:
             return {task: 1.0}
         total = float(weights[order].sum())
         return {self.tasks[i]: float(weights[i]) / total for i in order.tolist()}
+
+    def row_of(self, relations: Mapping[str, float]) -> dict[str, float]:
+        """The row of a task outside the graph, pi_u S, from its weights over tasks in it (normalised here).
+
+        That task has no module of its own: it walks from the tasks it is like. KeyError for one outside the graph.
+        """
+        total = sum(relations.values())
+        mixed: dict[str, float] = {}
+        for task, weight in relations.items():
+            for module, share in self.row(task).items():
+                mixed[module] = mixed.get(module, 0.0) + weight / total * share
+        return dict(sorted(mixed.items(), key=lambda item: (-item[1], item[0])))
 
     @functools.cached_property
     def _dense(self) -> Vector:

@@ -87,8 +87,8 @@ class Catalog:
         return self.resolve(self.reference_of_task(task))
 
     def has_module(self, task: str) -> bool:
-        """True if the task has an adapter that can be composed."""
-        return task in self.task_set
+        """True if the node has an adapter that can be composed: a task's, or a module's that tasks share."""
+        return task in self.task_set or (task in self._shared and self._is_answered(task))
 
     @cached_property
     def tasks(self) -> list[str]:
@@ -98,8 +98,14 @@ class Catalog:
     @cached_property
     def task_set(self) -> frozenset[str]:
         """The same, to look one up."""
-        asked = {*self.adapter_of_task, *(self.graph.nodes if self.graph else ())}
+        asked = {*self.adapter_of_task, *(self.graph.nodes if self.graph else ())} - self._shared
         return frozenset(task for task in asked if self._is_answered(task))
+
+    @cached_property
+    def _shared(self) -> frozenset[str]:
+        """Nodes that are modules and no tasks."""
+        nodes = self.graph.nodes if self.graph else {}
+        return frozenset(name for name, node in nodes.items() if node.role == "module")
 
     def _is_answered(self, task: str) -> bool:
         reference = self._reference(task)
@@ -141,7 +147,10 @@ def read(store: AdapterStore, previous: Catalog, num_layers: int) -> Catalog:
 
 
 def check_graph(graph: RelationGraph | None, num_layers: int) -> None:
-    """Refuse a graph whose evidence does not fit the backbone. Raises InvalidGraphError."""
+    """Refuse a graph whose evidence or mass does not fit the backbone. Raises InvalidGraphError."""
+    for task, masses in graph.attributes.mass.items() if graph else ():
+        if len(masses) != num_layers:
+            raise InvalidGraphError(f"mass for {task} has {len(masses)} layers, the backbone has {num_layers}")
     for task, row in graph.attributes.evidence.items() if graph else ():
         for module, values in row.items():
             if len(values) != num_layers:

@@ -140,9 +140,11 @@ class Composer:
         if mode == "single" or catalog.prior is None or catalog.graph is None or task not in catalog.graph.nodes:
             return composition.single(task, self.num_layers)
         row = {module: w for module, w in catalog.prior.row(task).items() if catalog.has_module(module)}
-        evidence: Mapping[str, list[float]] = catalog.graph.attributes.evidence.get(task, {})
+        attributes = catalog.graph.attributes
+        evidence: Mapping[str, list[float]] = attributes.evidence.get(task, {})
         knobs: Knobs = overrides.over(catalog.graph.knobs)
-        return composition.from_prior(row or {task: 1.0}, evidence, knobs, self.num_layers)
+        mass = attributes.mass.get(task, ())
+        return composition.from_prior(row or {task: 1.0}, evidence, knobs, self.num_layers, mass, catalog.prior.row)
 
     def _head(self, ask: Ask, catalog: Catalog) -> Manifest | None:
         if not ask.needs_head:

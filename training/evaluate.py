@@ -158,8 +158,11 @@ def _weights(mode: Mode, task: str, lattice: Lattice | None, num_layers: int) ->
     if lattice is None:
         raise AssertionError("our bug: prior without a graph")
     lattice.graph.node(task)
-    evidence = lattice.graph.attributes.evidence.get(task, {})
-    return composition.from_prior(lattice.prior.row(task), evidence, lattice.graph.knobs, num_layers)
+    attributes = lattice.graph.attributes
+    evidence, mass = attributes.evidence.get(task, {}), attributes.mass.get(task, ())
+    return composition.from_prior(
+        lattice.prior.row(task), evidence, lattice.graph.knobs, num_layers, mass, lattice.prior.row
+    )
 
 
 def to_mix(weights: Weights, slots: Mapping[str, int]) -> Mix | None:

@@ -39,6 +39,9 @@ class Recipe:
     max_tokens: int = 6144
 
 
+USUAL = Recipe()
+
+
 @dataclass
 class History:
     """What training looked like, step by step."""

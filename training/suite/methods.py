@@ -31,7 +31,7 @@ class Nodes:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """How a method did. accuracy: (T,) on test texts; weights: (T, K, num_layers) where it has them; facts: for JSON."""
+    """How a method did. accuracy: per task, on test texts; weights: (T, K, num_layers) if any; facts: for JSON."""
 
     accuracy: list[float]
     weights: Tensor | None = None

@@ -1,0 +1,74 @@
+"""Weights of modules per task and layer, differentiable: what adapters_store/composition.py computes, in torch.
+
+alpha_tkl = softmax_k(E_tkl / tau + lambda log Pi_tk)   over the modules that Pi_t does not exclude
+m_tkl     = 1[alpha_tkl >= theta max_j alpha_tjl]       a relative gate never empties a layer
+keep_tkl  = path selection over the layers (adapters_store/paths.py)
+g_tkl     = mass_tl alpha m keep / sum_k alpha m keep
+
+In training the gate is straight-through: forwards use m, gradients those of sigmoid((alpha - theta max alpha) / tau_g)
+with tau_g falling from 1 to 0.1 (`anneal`); path selection is a mask without gradients. `top_k` is for requests and
+plays no part here.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adapters_store import paths
+from adapters_store.graph import Knobs
+
+
+@dataclass(frozen=True, eq=False)
+class Allocation:
+    """What decides the weights beside the prior. evidence: (T, K, num_layers); log_mass: (T, num_layers)."""
+
+    evidence: Tensor
+    log_mass: Tensor
+    knobs: Knobs
+
+    @staticmethod
+    def neutral(num_tasks: int, num_modules: int, num_layers: int, knobs: Knobs) -> "Allocation":
+        """No evidence and mass 1: the prior's own weights."""
+        return Allocation(torch.zeros(num_tasks, num_modules, num_layers), torch.zeros(num_tasks, num_layers), knobs)
+
+    def alpha(self, Pi: Tensor) -> Tensor:
+        """Prior times likelihood (T, K, num_layers), summing to 1 over modules. Pi: (T, K)."""
+        outside = (Pi <= 0)[:, :, None]
+        log_prior = torch.where(Pi > 0, Pi, torch.ones((), dtype=Pi.dtype)).log()[:, :, None]
+        logits = self.evidence / self.knobs.temperature + self.knobs.strength * log_prior
+        return torch.softmax(logits.masked_fill(outside, -math.inf), dim=1)
+
+    def weights(self, Pi: Tensor, S: Tensor | None = None, tau_gate: float | None = None) -> Tensor:
+        """G (T, K, num_layers) for prior rows Pi (T, K), summing to the mass at each layer.
+
+        S: (K, K) diffused relations between modules, for path selection. tau_gate: temperature of the straight-through
+        gate; None for the hard gate alone.
+        """
+        alpha = self.alpha(Pi)
+        kept = alpha if S is None or self.knobs.path == "none" else alpha * self._on_paths(alpha, S)
+        gated = kept * gate(kept, self.knobs.threshold, tau_gate)
+        return gated / gated.sum(dim=1, keepdim=True) * self.log_mass.exp()[:, None]
+
+    def _on_paths(self, alpha: Tensor, S: Tensor) -> Tensor:
+        """(T, K, num_layers) 1 where a module stays on a path of its task."""
+        between = S.detach().double().numpy()
+        tasks = [paths.keep(one.double().numpy(), between, self.knobs) for one in alpha.detach()]
+        return torch.from_numpy(np.stack(tasks)).to(alpha.dtype)
+
+
+def gate(alpha: Tensor, threshold: float, tau_gate: float | None = None) -> Tensor:
+    """1 where alpha (T, K, num_layers) reaches threshold times its layer's largest, else 0; see the module."""
+    margin = alpha - threshold * alpha.amax(dim=1, keepdim=True)
+    hard = (margin >= 0).to(alpha.dtype)
+    if tau_gate is None or threshold == 0:
+        return hard
+    soft = torch.sigmoid(margin / tau_gate)
+    return hard + soft - soft.detach()
+
+
+def anneal(step: int, total: int, first: float = 1.0, last: float = 0.1) -> float:
+    """The gate's temperature at a step: geometric from first to last."""
+    return float(first * (last / first) ** (step / max(1, total - 1)))

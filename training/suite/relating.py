@@ -1,0 +1,90 @@
+"""How the tasks of a bench relate, from their N training examples alone: no text of another split is read.
+
+Before there are adapters, two views can be had: frozen embeddings and label names. With node adapters, their weights
+and the measured transfer join in: what adapter j does for task i's examples, which it has not seen.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.relations import Matrix, embedding, weights
+from training.suite.heads import HeadTensors, logits
+from training.suite.methods import Nodes, pooled_bare
+from training.suite.modules import mixes, resident
+from training.suite.workbench import Texts, Workbench
+
+TRANSFER_TEXTS = 64  # of each task, on which transfer is measured
+
+
+@dataclass(frozen=True, eq=False)
+class Views:
+    """Views by name, each (T, T) with [i, j] how much j helps i; seconds: what each cost."""
+
+    tasks: list[str]
+    matrices: dict[str, Matrix] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, measure: Callable[[], Matrix]) -> None:
+        """Measure a view and the time it takes."""
+        start = time.perf_counter()
+        self.matrices[name] = measure()
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+
+    def to_json(self) -> dict[str, Any]:
+        """For results files."""
+        rounded = {name: np.round(matrix, 5).tolist() for name, matrix in self.matrices.items()}
+        return {"tasks": self.tasks, "views": rounded, "seconds": self.seconds}
+
+
+def of_data(bench: Workbench) -> Views:
+    """What can be known without adapters: embedding and labels."""
+    views = Views(bench.names)
+    views.add("embedding", lambda: embedding.similarity([p.double().numpy() for p in pooled_bare(bench, bench.train)]))
+    views.add("labels", lambda: label_overlap([task.labels for task in bench.tasks]))
+    return views
+
+
+def of_nodes(bench: Workbench, nodes: Nodes) -> Views:
+    """All views of trained node adapters."""
+    views = of_data(bench)
+    views.add("weights", lambda: weights.similarity(nodes.adapters, bench.tail.encoder.sites))
+    views.add("transfer", lambda: transfer(bench, nodes))
+    return views
+
+
+def label_overlap(labels: list[tuple[str, ...]]) -> Matrix:
+    """(T, T) Jaccard index of the tasks' label names."""
+    sets = [set(names) for names in labels]
+    return np.array([[len(a & b) / len(a | b) for b in sets] for a in sets])
+
+
+def transfer(bench: Workbench, nodes: Nodes, texts: int = TRANSFER_TEXTS) -> Matrix:
+    """(T, T) change of the mean log-likelihood of task i's examples when adapter j acts, under head i.
+
+    Off the diagonal adapter j has not seen task i's examples. On the diagonal it was trained on them: the value is too
+    high there, and nothing but its sign is used.
+    """
+    few = [part.take(range(min(texts, len(part)))) for part in bench.train]
+    bare = [
+        _likelihood(head, pooled, part)
+        for head, pooled, part in zip(nodes.heads, pooled_bare(bench, few), few, strict=True)
+    ]
+    size = len(bench.tasks)
+    change = np.zeros((size, size))
+    with resident(bench.tail, [adapter.entries for adapter in nodes.adapters]):
+        alone = mixes(torch.eye(size)[:, :, None].expand(-1, -1, bench.num_layers))
+        for i, part in enumerate(few):
+            for j in range(size):
+                change[i, j] = _likelihood(nodes.heads[i], bench.pooled(part, alone[j]), part) - bare[i]
+    return change
+
+
+def _likelihood(head: HeadTensors, pooled: Tensor, texts: Texts) -> float:
+    """Mean log-likelihood of the labels, in nats."""
+    return -float(torch.nn.functional.cross_entropy(logits(head, pooled), texts.targets))
