@@ -27,6 +27,16 @@ class Heads:
         self.parts: list[HeadTensors] = [_new(task, hidden_size, seed) for task in tasks]
         self._tied = [_sources(self.labels, t, ties) for t in range(len(tasks))]
 
+    @staticmethod
+    def given(tasks: Sequence[Task], heads: Sequence[HeadTensors], *, trained: bool = True) -> "Heads":
+        """Heads of their own that start as these are, and stay so unless they are trained."""
+        found = Heads(tasks, heads[0][0].shape[1], 0)
+        found.parts = [
+            (weight.detach().clone().requires_grad_(trained), bias.detach().clone().requires_grad_(trained))
+            for weight, bias in heads
+        ]
+        return found
+
     def of(self, t: int) -> HeadTensors:
         """(W_t, b_t) of task t; gradients flow to the parts."""
         sources = self._tied[t]
@@ -46,7 +56,7 @@ class Heads:
 
     def tensors(self) -> list[Tensor]:
         """All that is trained."""
-        return [tensor for part in self.parts for tensor in part]
+        return [tensor for part in self.parts for tensor in part if tensor.requires_grad]
 
 
 Source = list[tuple[int, int, float]]  # (task, index of its label, share)

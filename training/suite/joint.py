@@ -9,18 +9,33 @@ weights from a graph co-train the modules under it. What the weights are in each
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from adapters_store.primitives import Entry
 from training import seeds
 from training.errors import DivergedError
 from training.progress import Bar
 from training.step import micro_batches
 from training.suite.heads import Heads, logits
-from training.suite.modules import Modules, mixes, resident
+from training.suite.modules import mixes, resident
 from training.suite.workbench import Workbench
+
+
+class Trained(Protocol):
+    """Modules 0 … K - 1: `Modules` in training, or adapters that stay as they are."""
+
+    def __len__(self) -> int: ...
+
+    def entries(self, k: int) -> list[Entry]:
+        """What the sites run of module k."""
+
+    def tensors(self) -> list[Tensor]:
+        """What is trained of them."""
+
 
 Weigh = Callable[[int], Tensor]  # step -> (T, K, num_layers)
 Row = tuple[int, int, int]  # task, text, texts of the task in this step
@@ -60,7 +75,7 @@ class Extra:
 
 
 def train(
-    bench: Workbench, modules: Modules, heads: Heads, weigh: Weigh, recipe: Recipe, extra: Extra = Extra(),
+    bench: Workbench, modules: Trained, heads: Heads, weigh: Weigh, recipe: Recipe, extra: Extra = Extra(),
     shown: Bar | None = None,
 ) -> History:  # fmt: skip
     """Train modules, heads and extra tensors in place. Raises DivergedError."""
@@ -105,7 +120,7 @@ def batch_of(bench: Workbench, recipe: Recipe, step: int) -> list[Row]:
 
 
 def _backward(
-    bench: Workbench, modules: Modules, heads: Heads, weights: Tensor, rows: Sequence[Row], recipe: Recipe
+    bench: Workbench, modules: Trained, heads: Heads, weights: Tensor, rows: Sequence[Row], recipe: Recipe
 ) -> float:
     """Add the gradient of one step; its loss. What all forwards of the step share is freed by the last one."""
     mixed, total = mixes(weights), 0.0

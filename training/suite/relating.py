@@ -5,7 +5,7 @@ and the measured transfer join in: what adapter j does for task i's examples, wh
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adapters_store.adapter import Adapter
 from training.relations import Matrix, embedding, weights
 from training.suite.heads import HeadTensors, logits
 from training.suite.methods import Nodes, pooled_bare
@@ -70,18 +71,23 @@ def transfer(bench: Workbench, nodes: Nodes, texts: int = TRANSFER_TEXTS) -> Mat
     Off the diagonal adapter j has not seen task i's examples. On the diagonal it was trained on them: the value is too
     high there, and nothing but its sign is used.
     """
+    return transfer_of(bench, nodes.adapters, nodes.heads, texts)
+
+
+def transfer_of(
+    bench: Workbench, adapters: Sequence[Adapter], heads: Sequence[HeadTensors], texts: int = TRANSFER_TEXTS
+) -> Matrix:
+    """(T, K) the same for any K adapters: change in nats per example of what adapter k does for task t."""
     few = [part.take(range(min(texts, len(part)))) for part in bench.train]
-    bare = [
-        _likelihood(head, pooled, part)
-        for head, pooled, part in zip(nodes.heads, pooled_bare(bench, few), few, strict=True)
-    ]
-    size = len(bench.tasks)
-    change = np.zeros((size, size))
-    with resident(bench.tail, [adapter.entries for adapter in nodes.adapters]):
+    bare = pooled_bare(bench, few)
+    before = [_likelihood(head, pooled, part) for head, pooled, part in zip(heads, bare, few, strict=True)]
+    size = len(adapters)
+    change = np.zeros((len(few), size))
+    with resident(bench.tail, [adapter.entries for adapter in adapters]):
         alone = mixes(torch.eye(size)[:, :, None].expand(-1, -1, bench.num_layers))
-        for i, part in enumerate(few):
-            for j in range(size):
-                change[i, j] = _likelihood(nodes.heads[i], bench.pooled(part, alone[j]), part) - bare[i]
+        for t, part in enumerate(few):
+            for k in range(size):
+                change[t, k] = _likelihood(heads[t], bench.pooled(part, alone[k]), part) - before[t]
     return change
 
 
