@@ -1,6 +1,7 @@
 """The relation graph: how much each task's adapter helps each other task. The lattice of the espalier.
 
-A directed networkx graph, kept and exchanged as node-link JSON. Nodes are tasks with the adapter that is their module;
+A directed networkx graph, kept and exchanged as node-link JSON. Nodes are tasks with the adapter that is their module,
+or modules that tasks share (role "module": in walks and compositions like any node, but never asked for by name);
 an edge source -> target with weight R says how much the target's adapter helps the source's task (R >= 0 helps, R < 0
 hurts and is kept as a finding). Graph attributes hold the knobs of the prior (prior.py) and of composition.
 """

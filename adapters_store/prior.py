@@ -19,6 +19,7 @@ import numpy.typing as npt
 import scipy.linalg
 import scipy.sparse as sp
 
+from adapters_store.errors import InvalidGraphError
 from adapters_store.graph import RelationGraph
 
 DENSE = 512
@@ -50,9 +51,12 @@ class Prior:
     def row_of(self, relations: Mapping[str, float]) -> dict[str, float]:
         """The row of a task outside the graph, pi_u S, from its weights over tasks in it (normalised here).
 
-        That task has no module of its own: it walks from the tasks it is like. KeyError for one outside the graph.
+        That task has no module of its own: it walks from the tasks it is like. KeyError for one outside the graph;
+        InvalidGraphError for weights that are negative, not finite, or all 0.
         """
         total = sum(relations.values())
+        if not 0 < total < math.inf or min(relations.values()) < 0:
+            raise InvalidGraphError("a task outside the graph needs weights of 0 or more over its tasks, one above 0")
         mixed: dict[str, float] = {}
         for task, weight in relations.items():
             for module, share in self.row(task).items():

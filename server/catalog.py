@@ -86,6 +86,15 @@ class Catalog:
         """The version that is the task's own module now. Raises TaskNotFoundError or AdapterNotFoundError."""
         return self.resolve(self.reference_of_task(task))
 
+    def require_task(self, task: str) -> None:
+        """Refuse what no task is: an unknown name, or a module that tasks share, unless it has a head of its own.
+
+        Raises TaskNotFoundError or AdapterNotFoundError.
+        """
+        manifest = self.manifest_of_task(task)
+        if task in self._shared and manifest.head is None:
+            raise TaskNotFoundError(f"{task!r} is a module that tasks share, not a task; tasks are: {_some(self.task_set)}")
+
     def has_module(self, task: str) -> bool:
         """True if the node has an adapter that can be composed: a task's, or a module's that tasks share."""
         return task in self.task_set or (task in self._shared and self._is_answered(task))
@@ -118,8 +127,9 @@ class Catalog:
         return True
 
     def served(self) -> list[Manifest]:
-        """The versions that tasks resolve to now, without repeats."""
-        found = [self.manifest_of_task(task) for task in self.tasks]
+        """The versions that tasks, and modules that they share, resolve to now, without repeats."""
+        shared = sorted(module for module in self._shared if self._is_answered(module))
+        found = [self.manifest_of_task(name) for name in (*self.tasks, *shared)]
         return list({manifest.digest: manifest for manifest in found}.values())
 
 

@@ -108,6 +108,8 @@ class Composer:
 
     def _compose(self, ask: Ask, catalog: Catalog) -> Composed:
         mode: Mode = "explicit" if ask.adapters is not None and ask.mode != "none" else ask.mode
+        if ask.task:
+            catalog.require_task(ask.task)
         head = self._head(ask, catalog)
         parts = _merged(self._versions(ask, mode, catalog))
         if len(parts) > self.max_adapters:
@@ -136,7 +138,7 @@ class Composer:
 
     def _of_task(self, task: str, mode: Mode, overrides: Overrides, catalog: Catalog) -> Weights:
         """Weights by module (a task) of one task."""
-        catalog.manifest_of_task(task)  # an unknown task is an error in every mode
+        catalog.require_task(task)  # an unknown task is an error in every mode
         if mode == "single" or catalog.prior is None or catalog.graph is None or task not in catalog.graph.nodes:
             return composition.single(task, self.num_layers)
         row = {module: w for module, w in catalog.prior.row(task).items() if catalog.has_module(module)}

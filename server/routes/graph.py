@@ -51,7 +51,8 @@ async def replace(
     except ConflictError as error:
         raise PreconditionError(f"another graph was published meanwhile: {error}") from error
     await service.refresh()
-    counts = {"num_tasks": len(document["nodes"]), "num_edges": len(document["edges"])}
+    num_tasks = sum(node["role"] == "task" for node in document["nodes"])
+    counts = {"num_tasks": num_tasks, "num_edges": len(document["edges"])}
     return reply({"version": number} | counts, headers={"etag": f'"{number}"'})
 
 

@@ -106,6 +106,15 @@ INVALID = {
     "evidence_of_none": document(evidence={"books": {"films": []}}),
     "evidence_for_nobody": document(evidence={"books": {"ghost": [0.0, 0.0]}}),
     "evidence_nan": document(evidence={"books": {"films": [NAN, 0.0]}}),
+    "mass_of_three_layers": document(mass={"books": [1.0, 1.0, 1.0]}),
+    "mass_of_none": document(mass={"books": []}),
+    "mass_for_nobody": document(mass={"ghost": [1.0, 1.0]}),
+    "mass_negative": document(mass={"books": [1.0, -0.1]}),
+    "mass_nan": document(mass={"books": [NAN, 1.0]}),
+    "mass_huge": document(mass={"books": [1e5, 1.0]}),
+    "unknown_role": document() | {"nodes": [{"id": "books", "role": "expert"}]},
+    "unknown_path": document(knobs={"path": "shortest"}),
+    "no_paths": document(knobs={"path": "viterbi", "num_paths": 0}),
     "no_utf8": document() | {"nodes": [{"id": "books", "note": "\ud800"}]},
     "no_utf8_in_the_provenance": document(provenance={"x": "\ud800"}),
     "deep": document() | {"nodes": [{"id": "books", "note": json.loads("[" * 400 + "]" * 400)}]},
@@ -155,6 +164,77 @@ def test_evidence_moves_weight_per_layer(client: TestClient) -> None:
 
     assert weights["books"][0] > 0.9 > 0.1 > weights["books"][1]
     assert np.sum(list(weights.values()), axis=0) == pytest.approx([1, 1], abs=1e-5)
+
+
+def test_weights_sum_to_the_mass_that_the_graph_gives(client: TestClient) -> None:
+    put(client, document(edges={("books", "films"): 1.0}, mass={"books": [3.0, 0.5]}))
+
+    reply = client.post("/v1/explain", json={"inputs": [{"task": "books", "text": "a"}]}).json()
+    adapters = reply["outputs"][0]["composition"]["adapters"]
+
+    assert np.sum([one["weights_by_layer"] for one in adapters], axis=0) == pytest.approx([3, 0.5], abs=1e-5)
+    assert client.get("/v1/graph").json()["graph"]["mass"] == {"books": [3.0, 0.5]}
+
+
+def test_one_best_path_leaves_one_adapter_per_layer(client: TestClient) -> None:
+    knobs = {"path": "viterbi", "num_paths": 1, "stay": 0.0}
+    evidence = {"books": {"films": [-9.0, 9.0]}}
+    put(client, document(edges={("books", "films"): 1.0, ("films", "books"): 1.0}, knobs=knobs, evidence=evidence))
+
+    reply = client.post("/v1/explain", json={"inputs": [{"task": "books", "text": "a"}]}).json()
+    weights = {one["name"]: one["weights_by_layer"] for one in reply["outputs"][0]["composition"]["adapters"]}
+
+    assert weights == {"books": [1, 0], "films": [0, 1]}
+
+
+def with_module(module: str) -> dict:
+    """Books leans on a module that is no task."""
+    found = document((*TASKS, module), {("books", module): 1.0})
+    found["nodes"][-1]["role"] = "module"
+    return found
+
+
+def test_a_shared_module_is_composed_but_is_no_task(client: TestClient) -> None:
+    client.post("/v1/adapters", data={"name": "skill", "task": "skill"}, files=multipart(headless(9)))
+    assert put(client, with_module("skill")).json()["num_tasks"] == len(TASKS)
+
+    assert set(composed_of(client, "books")) == {"books", "skill"}
+    assert client.post("/v1/infer", json={"inputs": [{"task": "books", "text": "a"}]}).status_code == 200
+    assert [one["task"] for one in client.get("/v1/tasks").json()["tasks"]] == sorted(TASKS)
+    assert "skill" in client.get("/v1/tasks/books").json()["prior"]
+    assert client.get("/v1/tasks/skill").status_code == 404
+    assert "skill" not in [one["id"] for one in client.get("/v1/models").json()["data"] if one.get("kind") == "task"]
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        {"task": "skill"},
+        {"task": "skill", "head": "books"},
+        {"tasks": ["books", "skill"]},
+        {"mix": {"skill": 0.5, "books": 0.5}, "head": "books"},
+    ],
+)
+@pytest.mark.parametrize("mode", ["prior", "single"])
+def test_a_shared_module_asked_for_as_a_task_is_not_found(client: TestClient, question: dict, mode: str) -> None:
+    client.post("/v1/adapters", data={"name": "skill", "task": "skill"}, files=multipart(headless(9)))
+    put(client, with_module("skill"))
+
+    reply = client.post("/v1/infer", json={"inputs": [question | {"text": "a"}], "options": {"mode": mode}})
+
+    assert (reply.status_code, reply.json()["code"]) == (404, "task_not_found"), reply.text
+    assert "'skill' is a module that tasks share" in reply.json()["detail"]
+
+
+def test_a_shared_module_with_a_head_of_its_own_answers_but_is_not_listed(client: TestClient) -> None:
+    put(client, with_module("spam") | {"nodes": [{"id": "books"}, {"id": "films"}, {"id": "spam", "role": "module"}]})
+
+    assert client.post("/v1/infer", json={"inputs": [{"task": "spam", "text": "a"}]}).status_code == 200
+    assert [one["task"] for one in client.get("/v1/tasks").json()["tasks"]] == ["books", "films"]
+
+
+def headless(seed: int) -> dict[str, bytes]:
+    return {name: data for name, data in peft_files(seed).items() if not name.startswith("head")}
 
 
 def test_an_isolated_node_is_composed_of_itself_and_a_cycle_is_fine(client: TestClient) -> None:

@@ -6,8 +6,7 @@ keep_tkl  = path selection over the layers (adapters_store/paths.py)
 g_tkl     = mass_tl alpha m keep / sum_k alpha m keep
 
 In training the gate is straight-through: forwards use m, gradients those of sigmoid((alpha - theta max alpha) / tau_g)
-with tau_g falling from 1 to 0.1 (`anneal`); path selection is a mask without gradients. `top_k` is for requests and
-plays no part here.
+with tau_g falling from 1 to 0.1 (`anneal`); path selection and `top_k` are masks without gradients.
 """
 
 import math
@@ -44,19 +43,35 @@ class Allocation:
     def weights(self, Pi: Tensor, S: Tensor | None = None, tau_gate: float | None = None) -> Tensor:
         """G (T, K, num_layers) for prior rows Pi (T, K), summing to the mass at each layer.
 
-        S: (K, K) diffused relations between modules, for path selection. tau_gate: temperature of the straight-through
-        gate; None for the hard gate alone.
+        S: (K, K) the modules' own prior rows, for path selection, as the server has them (Pi itself where every module
+        is a task's); without them paths know no relations and stay. tau_gate: temperature of the straight-through gate;
+        None for the hard gate alone.
         """
         alpha = self.alpha(Pi)
-        kept = alpha if S is None or self.knobs.path == "none" else alpha * self._on_paths(alpha, S)
+        selects = self.knobs.path != "none" or self.knobs.top_k is not None
+        kept = alpha * self._selected(alpha, Pi, S) if selects else alpha
         gated = kept * gate(kept, self.knobs.threshold, tau_gate)
         return gated / gated.sum(dim=1, keepdim=True) * self.log_mass.exp()[:, None]
 
-    def _on_paths(self, alpha: Tensor, S: Tensor) -> Tensor:
-        """(T, K, num_layers) 1 where a module stays on a path of its task."""
-        between = S.detach().double().numpy()
-        tasks = [paths.keep(one.double().numpy(), between, self.knobs) for one in alpha.detach()]
-        return torch.from_numpy(np.stack(tasks)).to(alpha.dtype)
+    def _selected(self, alpha: Tensor, Pi: Tensor, S: Tensor | None) -> Tensor:
+        """(T, K, num_layers) 1 where a module is among its task's first and stays on a path, else 0; no gradients."""
+        chosen = torch.zeros_like(alpha, requires_grad=False)
+        between = np.eye(alpha.shape[1]) if S is None else S.detach().cpu().double().numpy()
+        for t, (one, row) in enumerate(zip(alpha.detach().cpu(), Pi.detach().cpu(), strict=True)):
+            at_hand = _at_hand(one, row, self.knobs.top_k).numpy()
+            mask = paths.keep(one.double().numpy()[at_hand], between[np.ix_(at_hand, at_hand)], self.knobs)
+            chosen[t, at_hand] = torch.from_numpy(mask).to(chosen)
+        return chosen
+
+
+def _at_hand(alpha: Tensor, row: Tensor, top_k: int | None) -> Tensor:
+    """Indices of the modules of a prior row (K,), heaviest first by mean of alpha (K, num_layers), at most top_k.
+
+    Order and ties as in the server, which meets the modules by their prior.
+    """
+    by_prior = row.argsort(descending=True, stable=True)
+    inside = by_prior[row[by_prior] > 0]
+    return inside[(-alpha[inside].mean(dim=1)).argsort(stable=True)][:top_k]
 
 
 def gate(alpha: Tensor, threshold: float, tau_gate: float | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from adapters_store.primitives import Entry
 from training.composing import losses
 from training.composing.allocation import Allocation, anneal
 from training.composing.losses import Factors, LossWeights
-from training.composing.prior import diffused, free, relation, rows
+from training.composing.prior import free, prior, relation
 from training.progress import Bar
 from training.relations import Matrix
 from training.suite.heads import Heads, HeadTensors
@@ -73,9 +73,9 @@ class Learned:
         return Allocation(self.evidence, torch.zeros(size, num_layers), self.settings.knobs)
 
     def prior(self) -> tuple[Tensor, Tensor]:
-        """(Pi, S) of the relations now."""
-        S = diffused(self.R, self.settings.knobs)
-        return rows(S, self.settings.knobs), S
+        """(Pi, S) of the relations now: one and the same, as every module is a task's."""
+        Pi = prior(self.R, self.settings.knobs)
+        return Pi, Pi
 
     def weights(self, tau_gate: float | None = None) -> Tensor:
         """Weights (T, K, num_layers); with tau_gate as in training, else as exported."""

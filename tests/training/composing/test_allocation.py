@@ -12,20 +12,23 @@ from adapters_store.prior import Prior
 from tests.strategies import light
 from tests.training.composing.test_prior import graph_of, relations
 from training.composing.allocation import Allocation, anneal, gate
-from training.composing.prior import diffused, prior
+from training.composing.prior import prior
 
 seeds = st.integers(0, 2**32 - 1)
 LAYERS = 3
 knobs = st.builds(
     Knobs,
     c=st.floats(0, 0.95),
-    epsilon=st.sampled_from([0.0, 0.01]),
+    epsilon=st.sampled_from([0.0, 0.01, 0.1]),
     temperature=st.floats(0.1, 5),
     strength=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
     threshold=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
     path=st.sampled_from(["none", "marginals", "viterbi"]),
-    path_threshold=st.sampled_from([0.0, 0.3]),
+    path_threshold=st.sampled_from([0.0, 0.3, 0.7]),
+    path_strength=st.sampled_from([0.0, 1.0, 2.0]),
+    stay=st.sampled_from([0.0, 0.3, 0.8, 1.0]),
     num_paths=st.integers(1, 2),
+    top_k=st.sampled_from([None, 1, 2, 3]),
 )
 
 
@@ -41,29 +44,24 @@ def allocation(seed, knobs, size=5, mass=True):
 def test_weights_are_those_that_the_server_composes(seed, knobs):
     R, found = torch.from_numpy(relations(seed)), allocation(seed, knobs)
     tasks, graph = graph_of(R.numpy(), knobs)
-    served = Prior(graph)
-    weights = found.weights(prior(R, knobs), diffused_rows(served, tasks))
+    served, Pi = Prior(graph), prior(R, knobs)
+    weights = found.weights(Pi, Pi)
     for t, task in enumerate(tasks):
         evidence = {module: found.evidence[t, k].tolist() for k, module in enumerate(tasks)}
         mass = found.log_mass[t].exp().tolist()
         expected = composition.from_prior(served.row(task), evidence, knobs, LAYERS, mass, served.row)
         for k, module in enumerate(tasks):
             np.testing.assert_allclose(
-                weights[t, k].numpy(), expected.get(module, np.zeros(LAYERS)), atol=1e-5, rtol=1e-5
+                weights[t, k].numpy(), expected.get(module, np.zeros(LAYERS)), atol=1e-6, rtol=1e-6
             )
-
-
-def diffused_rows(served, tasks):
-    return torch.tensor(
-        [[served.row(task).get(module, 0.0) for module in tasks] for task in tasks], dtype=torch.float64
-    )
 
 
 @light
 @given(seeds, knobs)
 def test_weights_sum_to_the_mass_and_no_layer_is_empty(seed, knobs):
     R, found = torch.from_numpy(relations(seed)), allocation(seed, knobs)
-    weights = found.weights(prior(R, knobs), diffused(R, knobs))
+    Pi = prior(R, knobs)
+    weights = found.weights(Pi, Pi)
     torch.testing.assert_close(weights.sum(dim=1), found.log_mass.exp())
 
 
