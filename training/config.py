@@ -113,7 +113,7 @@ class RelateConfig(Machine):
         description="shares of the views: as given, or fitted to predict measured transfer, which keeps its own",
     )
     trunk_epochs: int = Field(
-        2, ge=1, description="epochs of the shared adapter that lookahead, gradients and task2vec look at"
+        1, ge=1, description="epochs of the shared adapter that lookahead, gradients and task2vec look at"
     )
     transfer_examples: int = Field(64, ge=4, description="dev examples per task on which transfer is measured")
     neighbours: int | None = Field(

@@ -27,11 +27,11 @@ from training.trainable import TrainableAdapter
 class Recipe:
     """How the trunk is trained and looked at. texts: of a task, at most; probe: of a task at a point."""
 
-    epochs: int = 2
+    epochs: int = 1
     texts: int = 96
     batch_size: int = 8
-    probe: int = 16
-    points: int = 3
+    probe: int = 24
+    points: int = 2
     lr: float = 2e-3
     head_lr: float = 2e-2
     seed: int = 0
