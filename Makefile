@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE ?= 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve train test test-clients check fmt lint types bench bench-http bench-generate bench-fdu lock clean
+.PHONY: help setup demo serve train test test-clients check fmt lint types bench bench-http bench-generate bench-fdu bench-prompts lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -75,6 +75,9 @@ bench-generate: setup ## generation next to transformers' two ways and PEFT; wri
 
 bench-fdu: setup ## train and serve the 16 tasks of ../shared/data/fdu_mtl; writes tests/bench/results/fdu.jsonl
 	$(BIN)/python -W ignore -m tests.bench.fdu
+
+bench-prompts: setup ## predict the measured transfer of ../shared/data/relations_prompt_transfer; writes tests/bench/results/prompt_transfer.jsonl
+	$(BIN)/python -W ignore -m tests.bench.prompt_transfer
 
 lock: ## resolve the dependencies anew into requirements.lock
 	echo "$(TORCH)" > build-constraints.tmp

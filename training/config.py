@@ -7,14 +7,16 @@ import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from training.errors import ConfigError
 
 STORE = Path("adapters_store/data")
-ViewName = Literal["embedding", "weights", "transfer"]
+ViewName = Literal[
+    "lookahead", "gradients", "task2vec", "transfer", "weights", "arrow", "subspace", "cka", "embedding", "labels"
+]
 Mode = Literal["none", "single", "prior"]
 
 
@@ -99,10 +101,19 @@ class RelateConfig(Machine):
         "prod", description="nodes name <adapter>@<alias> where it exists; also given to the graph"
     )
     views: tuple[ViewName, ...] = Field(
-        ("embedding", "weights", "transfer"), min_length=1, description="ways to estimate relations"
+        ("embedding", "weights", "transfer"),
+        min_length=1,
+        description="ways to estimate relations: " + ", ".join(get_args(ViewName)),
     )
     view_weights: dict[str, float] = Field(
         {}, description="share of each view in R, for example transfer=2; default: 1 each"
+    )
+    fusion: Literal["fixed", "fitted"] = Field(
+        "fixed",
+        description="shares of the views: as given, or fitted to predict measured transfer, which keeps its own",
+    )
+    trunk_epochs: int = Field(
+        1, ge=1, description="epochs of the shared adapter that lookahead, gradients and task2vec look at"
     )
     transfer_examples: int = Field(64, ge=4, description="dev examples per task on which transfer is measured")
     neighbours: int | None = Field(

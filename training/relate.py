@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from adapters_store.adapter import Adapter
 from adapters_store.graph import Knobs, RelationGraph
 from adapters_store.store import AdapterStore
-from training import export, objectives, step
-from training.backbone import LoadedBackbone, load
+from training import export, objectives
+from training.backbone import load
 from training.config import FitConfig, RelateConfig, validate
-from training.errors import ConfigError, DataError
-from training.objectives import Asked, Objective
+from training.errors import ConfigError
 from training.prepare import sampling
 from training.progress import bar, say
-from training.relations import Matrix, embedding, heatmap, weights
+from training.relations import Matrix, fitted, heatmap, weights
 from training.relations.evidence import evidence
 from training.relations.fuse import agreement, fuse, shares, strongest, with_negatives
-from training.relations.transfer import Transfer, measure
+from training.relations.material import Material
+from training.relations.transfer import Transfer
+from training.relations.views import Shared, measure
 from training.run import Run, versions
 from training.tasks import Task, read_tasks
 
@@ -34,23 +34,11 @@ KNOBS = {"c": 0.6}
 
 
 @dataclass(frozen=True, eq=False)
-class Material:
-    """What relations are estimated from."""
-
-    tasks: list[Task]
-    adapters: list[Adapter]
-    objectives: list[Objective]
-    backbone: LoadedBackbone
-
-    @property
-    def names(self) -> list[str]:
-        """Of the tasks."""
-        return [task.name for task in self.tasks]
-
-
-@dataclass(frozen=True, eq=False)
 class Relations:
-    """What was estimated. relations: R (K, K); views: by name, as measured."""
+    """What was estimated. relations: R (K, K); views: by name, as measured; seconds: what each cost.
+
+    fitted: mean Spearman per target of weights fitted without it, if weights were fitted.
+    """
 
     tasks: list[str]
     relations: Matrix
@@ -58,6 +46,8 @@ class Relations:
     view_weights: dict[str, float]
     agreement: dict[str, float | None]
     transfer: Transfer | None
+    seconds: dict[str, float]
+    fitted: float | None = None
 
 
 def relate(config: RelateConfig) -> int:
@@ -100,51 +90,36 @@ def gather(run: Run, config: RelateConfig) -> Material:
 
 def estimate(material: Material, config: RelateConfig) -> Relations:
     """All views and their fusion."""
-    views: dict[str, Matrix] = {}
-    transfer = None
-    total = len(material.tasks) * (("embedding" in config.views) + ("transfer" in config.views))
-    with bar(total, "relating") as shown:
-        if "embedding" in config.views:
-            pooled = []
-            for task, objective in zip(material.tasks, material.objectives, strict=True):
-                pooled.append(_pooled(material.backbone, objective, task, config.token_budget))
-                shown.advance()
-            views["embedding"] = embedding.similarity(pooled)
-        if "weights" in config.views:
-            views["weights"] = weights.similarity(material.adapters, material.backbone.encoder.sites)
-        if "transfer" in config.views:
-            dev = [
-                _dev(task, objective, config.transfer_examples)
-                for task, objective in zip(material.tasks, material.objectives, strict=True)
-            ]
-            transfer = measure(material.backbone.encoder, material.adapters, dev, config.token_budget, shown)
-            views["transfer"] = transfer.change
-    return _fused(material.names, views, transfer, config)
+    with bar(len(material.tasks) * len(config.views), "relating") as shown:
+        shared = Shared(material, config, shown)
+        views = measure(shared)
+    return _fused(views, shared)
 
 
-def _fused(tasks: list[str], views: dict[str, Matrix], transfer: Transfer | None, config: RelateConfig) -> Relations:
+def _fused(views: dict[str, Matrix], shared: Shared) -> Relations:
+    config, transfer = shared.config, shared.transfer if "transfer" in views else None
     unknown = sorted(set(config.view_weights) - set(views))
     if unknown:
         raise ConfigError(f"view_weights names {unknown[0]!r}, which is not among the views {', '.join(views)}")
-    by_view = shares(list(views), config.view_weights)
+    by_view, worth = shares(list(views), config.view_weights), None
+    if config.fusion == "fitted":
+        by_view, worth = _fit(views, by_view)
     relations = fuse(views, by_view)
     relations = with_negatives(relations, transfer) if transfer else relations
     agreed = agreement(views, transfer.change) if transfer else {}
-    return Relations(tasks, strongest(relations, config.neighbours), views, by_view, agreed, transfer)
+    seconds = {name: round(value, 3) for name, value in shared.seconds.items()}
+    kept = strongest(relations, config.neighbours)
+    return Relations(shared.material.names, kept, views, by_view, agreed, transfer, seconds, worth)
 
 
-def _pooled(backbone: LoadedBackbone, objective: Objective, task: Task, token_budget: int) -> Matrix:
-    """(texts, d) the bare backbone's pooled hidden states of train: of texts, or of prompts with their completions."""
-    rows = objective.texts(task.train).rows
-    states: Matrix = step.pool(backbone.encoder, rows, objective.pooling, token_budget).cpu().double().numpy()
-    return states
-
-
-def _dev(task: Task, objective: Objective, examples: int) -> Asked:
-    """The first dev examples of a task."""
-    if not task.dev:
-        raise DataError(f"task {task.name!r} has no dev examples to measure transfer on; try --views embedding,weights")
-    return Asked(objective, objective.texts(task.dev[:examples]), None)
+def _fit(views: dict[str, Matrix], by_view: dict[str, float]) -> tuple[dict[str, float], float | None]:
+    """Shares of the views, and how well such shares predict a target that they never saw. Transfer keeps its share."""
+    predictors = {name: view for name, view in views.items() if name != "transfer"}
+    if not predictors or "transfer" not in views:
+        raise ConfigError("--fusion fitted needs the view transfer, to fit on, and at least one other view")
+    found, left = fitted.weights(predictors, views["transfer"]), 1 - by_view["transfer"]
+    chosen = {name: left * found[name] if name in found else by_view[name] for name in views}
+    return chosen, fitted.left_out(predictors, views["transfer"])
 
 
 def document_of(
@@ -157,7 +132,13 @@ def document_of(
         "knobs": knobs.model_dump(),
         "evidence": evidence(found.tasks, by_layer, edges) if config.evidence else {},
         "views": found.view_weights,
-        "provenance": {"run": str(config.run), "versions": versions(), "spearman_with_transfer": found.agreement},
+        "provenance": {
+            "run": str(config.run),
+            "versions": versions(),
+            "spearman_with_transfer": found.agreement,
+            "fusion": config.fusion,
+            "seconds": found.seconds,
+        },
     }
     document = {
         "directed": True,
@@ -207,6 +188,8 @@ def _report(found: Relations, version: int, document: Mapping[str, Any]) -> dict
         "views": {name: view.tolist() for name, view in found.views.items()},
         "view_weights": found.view_weights,
         "spearman_with_transfer": found.agreement,
+        "spearman_of_fitted_left_one_target_out": found.fitted,
+        "seconds": found.seconds,
         "knobs": document["graph"]["knobs"],
     } | measured
 

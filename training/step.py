@@ -132,12 +132,17 @@ def score_of(asked: Asked, answers: Answers) -> Score:
 
 
 @torch.no_grad()
-def pool(encoder: Encoder, rows: Sequence[Sequence[int]], pooling: str, token_budget: int) -> Tensor:
-    """(rows, hidden_size) the bare backbone's pooled hidden states of any number of rows, by length for speed."""
+def pool(
+    encoder: Encoder, rows: Sequence[Sequence[int]], pooling: str, token_budget: int, mix: Mix | None = None
+) -> Tensor:
+    """(rows, hidden_size) pooled hidden states of any number of rows under a mix, or the bare backbone's.
+
+    Rows run by length, for speed.
+    """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     pooled = torch.empty(len(rows), encoder.hidden_size, device=encoder.device)
     for batch in micro_batches(encoder, [len(rows[i]) for i in order], token_budget):
         chosen = [order[n] for n in batch]
-        found = encoder.pool([rows[i] for i in chosen], [None] * len(chosen), [pooling] * len(chosen))
+        found = encoder.pool([rows[i] for i in chosen], [mix] * len(chosen), [pooling] * len(chosen))
         pooled[torch.tensor(chosen, device=encoder.device)] = found
     return pooled

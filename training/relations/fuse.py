@@ -68,10 +68,11 @@ def strongest(relations: Matrix, neighbours: int | None) -> Matrix:
 def agreement(views: Mapping[str, Matrix], measured: Matrix) -> dict[str, float | None]:
     """Spearman correlation of each view with the measured transfer, off the diagonal; None where one is constant."""
     off = off_diagonal(len(measured))
-    return {name: _spearman(view[off], measured[off]) for name, view in views.items()}
+    return {name: spearman(view[off], measured[off]) for name, view in views.items()}
 
 
-def _spearman(a: Matrix, b: Matrix) -> float | None:
+def spearman(a: Matrix, b: Matrix) -> float | None:
+    """Rank correlation of two vectors; None where one is constant or there are fewer than three values."""
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
     return float(spearmanr(a, b).statistic)

@@ -24,8 +24,7 @@ from adapters_store.primitives import Entry
 from adapters_store.sites import Sites
 from training.relations import Matrix
 from training.relations.embedding import from_gram
-
-_FACTORS = {"lowrank": ("A", "B"), "bottleneck": ("down", "up")}
+from training.relations.factors import FACTORS, of_entry
 
 
 def similarity(adapters: Sequence[Adapter], sites: Sites) -> Matrix:
@@ -50,7 +49,7 @@ def grams_by_layer(adapters: Sequence[Adapter], sites: Sites) -> dict[int, Matri
     grams: dict[int, Matrix] = defaultdict(lambda: np.zeros((len(adapters), len(adapters))))
     for (site, primitive), entries in together.items():
         layer = sites.add(site).place.layer
-        gram = _of_factors(entries) if primitive in _FACTORS else _of_vectors(entries, sites)
+        gram = _of_factors(entries) if primitive in FACTORS else _of_vectors(entries, sites)
         ks = np.array(list(entries))
         grams[layer][np.ix_(ks, ks)] += gram
     return dict(grams)
@@ -60,9 +59,9 @@ def _of_factors(entries: Mapping[int, Entry]) -> Matrix:
     """(k, k) inner products of low-rank deltas of any ranks, from the Grams of their factors side by side."""
     A, B, owner = [], [], []
     for n, entry in enumerate(entries.values()):
-        first, second = (entry.tensors[name].double() for name in _FACTORS[entry.primitive])
+        first, second = of_entry(entry)
         A.append(first)
-        B.append(second * float(entry.options.get("scale", 1.0)))
+        B.append(second)
         owner += [n] * first.shape[0]
     ranks = (torch.cat(A) @ torch.cat(A).mT) * (torch.cat(B, dim=1).mT @ torch.cat(B, dim=1))  # (sum r, sum r)
     member = np.eye(len(entries))[owner]  # (sum r, k)
