@@ -4,8 +4,7 @@ z_k = s_k B_k A_k x,   a = softmax_k((Q y) . (K z_k) / sqrt(m)),   y + V sum_k a
 Source: Pfeiffer et al. 2021 (arXiv 2005.00247). For adapters at every linear layer instead of one per block it is
 lighter: Q and K map to m = 16 dimensions instead of d (both scaled by their input's root mean square), and V is a
 diagonal that starts at the identity and is drawn to it (0.01 ||V - I||^2) as theirs is. Q, K, V and the target's head,
-from the published one on, train on its N examples. Answers: `accuracy` by the published head as it is,
-`accuracy_refitted` by it refitted under the fusion, as for all.
+from the published one on, train on its N examples; that head answers, as the method has it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,6 +23,7 @@ from training.suite.methods import Nodes, Result
 from training.suite.workbench import Texts, Workbench
 
 WIDTH, LR, DRIFT = 16, 5e-3, 0.01
+HEAD_SHARE = 0.1  # of the recipe's learning rate: the head begins trained
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,16 +74,26 @@ def _standard(states: Tensor) -> Tensor:
     return states / states.pow(2).mean(dim=1, keepdim=True).sqrt().clamp(min=1e-8)
 
 
-def trained(bench: Workbench, head: HeadTensors, stacked: Sequence[Stack], recipe: Recipe) -> tuple[Fusion, float]:
-    """The fusion of the bench's one task, and its last loss."""
+@dataclass(frozen=True, eq=False)
+class Fused:
+    """What a target learned."""
+
+    fusion: Fusion
+    head: HeadTensors
+    losses: list[float]
+
+
+def trained(bench: Workbench, head: HeadTensors, stacked: Sequence[Stack], recipe: Recipe) -> Fused:
+    """The fusion of the bench's one task."""
     fusion = Fusion(stacked, bench.setting.seed, bench.names[0])
     weight, bias = (tensor.detach().clone().requires_grad_() for tensor in head)
 
     def pooled(texts: Texts, tasks: Tensor) -> Tensor:  # noqa: ARG001  # one task
         return pool(bench, stacked, texts, fusion.gate, fusion.value)
 
-    groups = [(fusion.tensors(), LR), ([weight, bias], recipe.head_lr / 10)]
-    return fusion, learn(bench, groups, [(weight, bias)], pooled, recipe, fusion.drift)[-1]
+    groups = [(fusion.tensors(), LR), ([weight, bias], HEAD_SHARE * recipe.head_lr)]
+    losses = learn(bench, groups, [(weight, bias)], pooled, recipe, fusion.drift)
+    return Fused(fusion, (weight.detach(), bias.detach()), losses)
 
 
 def run(bench: Workbench, nodes: Nodes, recipe: Recipe = RECIPE) -> Result:
@@ -92,9 +102,11 @@ def run(bench: Workbench, nodes: Nodes, recipe: Recipe = RECIPE) -> Result:
     found = [trained(bench.only([t]), nodes.heads[t], stacked, recipe) for t in range(len(bench.tasks))]
 
     def pool_split(split: Sequence[Texts]) -> list[Tensor]:
-        return [
-            pool_all(bench, stacked, texts, lambda _, own=fusion.gate: own, fusion.value)  # type: ignore[misc]
-            for texts, (fusion, _) in zip(split, found, strict=True)
-        ]
+        return [_pooled(bench, stacked, one.fusion, texts) for texts, one in zip(split, found, strict=True)]
 
-    return answered(bench, nodes.heads, pool_split, None, {"losses": [round(loss, 5) for _, loss in found]})
+    facts = {"losses": [round(one.losses[-1], 5) for one in found]}
+    return answered(bench, [one.head for one in found], pool_split, None, facts)
+
+
+def _pooled(bench: Workbench, stacked: Sequence[Stack], fusion: Fusion, texts: Texts) -> Tensor:
+    return pool_all(bench, stacked, texts, lambda _: fusion.gate, fusion.value)

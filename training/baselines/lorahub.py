@@ -25,15 +25,13 @@ STEP = 0.2  # first standard deviation
 Objective = Callable[[Tensor], Tensor]  # (T, K) -> (T,)
 
 
-def run(
-    bench: Workbench, nodes: Nodes, recipe: Recipe = RECIPE, evaluations: int = EVALUATIONS  # noqa: ARG001
-) -> Result:  # fmt: skip
+def run(bench: Workbench, nodes: Nodes, recipe: Recipe = RECIPE) -> Result:  # noqa: ARG001  # one signature for all
     """See the module."""
     split = few(bench, TEXTS)
     with resident(bench.tail, [adapter.entries for adapter in nodes.adapters]):
-        found, values = evolve(bench, lambda rows: objective(bench, nodes, split, rows), evaluations)
+        found, values = evolve(bench, lambda rows: objective(bench, nodes, split, rows), EVALUATIONS)
     weights = layered(found, bench.num_layers)
-    facts = {"objective": [round(float(v), 5) for v in values], "evaluations": evaluations}
+    facts = {"objective": [round(float(v), 5) for v in values], "evaluations": EVALUATIONS}
     return answered(bench, nodes.heads, under(bench, nodes, weights), weights, facts)
 
 
