@@ -2,9 +2,10 @@
 
 z_k = s_k B_k A_k x,   a = softmax_k((Q y) . (K z_k) / sqrt(m)),   y + V sum_k a_k z_k
 Source: Pfeiffer et al. 2021 (arXiv 2005.00247). For adapters at every linear layer instead of one per block it is
-lighter: Q and K map to m = 16 dimensions instead of d (both scaled by their input's root mean square), and V is a
-diagonal that starts at the identity and is drawn to it (0.01 ||V - I||^2) as theirs is. Q, K, V and the target's head,
-from the published one on, train on its N examples; that head answers, as the method has it.
+lighter: Q and K map to m = 16 dimensions instead of d, y is taken at unit root mean square and z_k relative to the size
+of all z at the token, so that attention starts near uniform; V is a diagonal that starts at the identity and is drawn
+to it (0.01 ||V - I||^2) as theirs is. Q, K, V and the target's head, from the published one on, train on its N
+examples; that head answers, as the method has it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,10 +49,11 @@ class Fusion:
     def gate(self, at: At) -> Tensor:
         """(n, K) attention. K z_k comes from the ranks: (K B_k) (A_k x), never z_k itself."""
         part, stack = self.parts[at.stack.site], at.stack
+        hidden, B = at.hidden.float(), stack.B.float()
         query = _standard(at.y.float()) @ part.Q.mT  # (n, m)
-        scores = (query @ (part.K @ stack.B.float())) * at.hidden.float()  # (n, R) what each rank brings
+        scores = (query @ (part.K @ B)) * hidden  # (n, R) what each rank brings
         member = torch.zeros(len(stack.owner), stack.count).scatter_(1, stack.owner[:, None], 1.0)
-        size = (stack.B.float() ** 2).sum(dim=0).mean().sqrt() * at.hidden.float().pow(2).mean().sqrt()
+        size = (hidden**2 @ (B**2).sum(dim=0, keepdim=True).mT / stack.count).sqrt()  # (n, 1) about |z_k|
         found: Tensor = (scores @ member / (size.clamp(min=1e-8) * WIDTH**0.5)).softmax(dim=1)
         return found
 

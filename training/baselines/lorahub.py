@@ -29,7 +29,8 @@ def run(bench: Workbench, nodes: Nodes, recipe: Recipe = RECIPE) -> Result:  # n
     """See the module."""
     split = few(bench, TEXTS)
     with resident(bench.tail, [adapter.entries for adapter in nodes.adapters]):
-        found, values = evolve(bench, lambda rows: objective(bench, nodes, split, rows), EVALUATIONS)
+        start = torch.zeros(len(split), len(nodes.adapters))
+        found, values = evolve(bench, start, lambda rows: objective(bench, nodes, split, rows), EVALUATIONS)
     weights = layered(found, bench.num_layers)
     facts = {"objective": [round(float(v), 5) for v in values], "evaluations": EVALUATIONS}
     return answered(bench, nodes.heads, under(bench, nodes, weights), weights, facts)
@@ -42,17 +43,15 @@ def objective(bench: Workbench, nodes: Nodes, split: list[Texts], rows: Tensor) 
     return losses(nodes.heads, pooled, split) + PENALTY * rows.abs().mean(dim=1)
 
 
-def evolve(bench: Workbench, score: Objective, evaluations: int) -> tuple[Tensor, Tensor]:
-    """The best rows (T, K) and their scores (T,)."""
-    size = len(bench.tasks)
+def evolve(bench: Workbench, start: Tensor, score: Objective, evaluations: int) -> tuple[Tensor, Tensor]:
+    """The best rows (T, K) and their scores (T,), from `start` or the mean of all, whichever is better."""
     generator = seeds.generator(bench.setting.seed, "lorahub")
-    best, step = torch.zeros(size, size), torch.full((size, 1), STEP)
-    value = score(best)
-    tried = torch.full((size, size), 1 / size)
+    best, value, step = start, score(start), torch.full((len(start), 1), STEP)
+    tried = torch.full_like(start, 1 / start.shape[1])
     for _ in range(evaluations - 1):
         found = score(tried)
         better = (found < value)[:, None]
         best, value = torch.where(better, tried, best), torch.minimum(found, value)
         step = step * torch.where(better, 1.5, 1.5**-0.25)  # steady where one in five succeeds
-        tried = (best + step * torch.randn(size, size, generator=generator)).clamp(-BOUND, BOUND)
+        tried = (best + step * torch.randn(start.shape, generator=generator)).clamp(-BOUND, BOUND)
     return best, value

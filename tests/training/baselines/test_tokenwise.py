@@ -35,6 +35,18 @@ def test_every_token_knows_its_row(bench: Workbench, nodes: Nodes) -> None:
         torch.testing.assert_close(found[[i]], alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["arrow", "phatgoose", "adapterfusion"])
+def test_no_text_sees_its_neighbours(name: str, bench: Workbench, nodes: Nodes) -> None:
+    stacked, texts = stacks(bench, nodes.adapters), bench.test[0]
+    vectors = {stack.site: torch.randn(stack.count, stack.A.shape[1]) for stack in stacked}
+    fusion = adapterfusion.Fusion(stacked, 0)
+    gates = {"arrow": arrow.gate_of(stacked), "phatgoose": phatgoose.router(vectors), "adapterfusion": fusion.gate}
+    together = pool(bench, stacked, texts, gates[name])
+    for i in range(len(texts)):
+        alone = pool(bench, stacked, texts.take([i]), gates[name])
+        torch.testing.assert_close(alone, together[[i]], rtol=1e-3, atol=1e-3)
+
+
 def test_a_padded_backbone_counts_padding(bench: Workbench, nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
     if bench.tail.first:
         pytest.skip("a tail keeps states of unpadded rows")
@@ -130,6 +142,6 @@ def test_adapterfusion_s_scores_are_those_of_the_adapters_outputs(bench: Workben
     outputs = torch.stack([(hidden * (stack.owner == k)) @ stack.B.mT for k in range(stack.count)], dim=1)  # (5, K, d)
     query = y / y.square().mean(dim=1, keepdim=True).sqrt() @ part.Q.mT
     scores = torch.einsum("nm,nkm->nk", query, outputs @ part.K.mT)
-    size = stack.B.square().sum(dim=0).mean().sqrt() * hidden.square().mean().sqrt()
+    size = ((hidden.square() * stack.B.square().sum(dim=0)).sum(dim=1, keepdim=True) / 3).sqrt()
     found = fusion.gate(At(stack, x, y, hidden, torch.zeros(5, dtype=torch.int64)))
     torch.testing.assert_close(found, (scores / size / adapterfusion.WIDTH**0.5).softmax(dim=1))
