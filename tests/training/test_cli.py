@@ -11,7 +11,7 @@ from training.cli import app
 from training.config import FitConfig
 from training.fit import fit
 
-COMMANDS = ["fit", "publish", "relate", "evaluate", "demo", "styles"]
+COMMANDS = ["fit", "publish", "relate", "score", "evaluate", "demo", "styles"]
 
 
 def run(*arguments: str) -> Result:
@@ -31,7 +31,7 @@ def test_help_has_an_example_and_says_what_every_flag_does(command: str) -> None
 def test_every_setting_has_a_description() -> None:
     from training import config
 
-    for name in ("FitConfig", "RelateConfig", "PublishConfig", "EvaluateConfig", "DemoConfig", "StylesConfig"):
+    for name in ("FitConfig", "RelateConfig", "PublishConfig", "ScoreConfig", "DemoConfig", "StylesConfig"):
         for field, info in getattr(config, name).model_fields.items():
             assert info.description, f"{name}.{field}"
 
@@ -103,7 +103,7 @@ def test_other_errors_are_one_line_and_status_1(tmp_path: Path) -> None:
         ["fit", "--data", str(tmp_path / "nowhere")],
         ["publish", "--run", str(tmp_path)],
         ["relate", "--run", str(tmp_path)],
-        ["evaluate", "--data", str(tmp_path), "--store", str(tmp_path / "store")],
+        ["score", "--data", str(tmp_path), "--store", str(tmp_path / "store")],
         ["fit", "--resume", "--runs", str(tmp_path)],
     ):
         found = run(*arguments)
