@@ -7,7 +7,7 @@ import typer
 
 from training.commands import command
 from training.config import DemoConfig, FitConfig, PublishConfig, RelateConfig, ScoreConfig, StylesConfig, resolve
-from training.suite.settings import EvaluateConfig
+from training.suite.settings import EvaluateConfig, ReportConfig
 
 app = typer.Typer(
     name="espalier-train",
@@ -110,7 +110,20 @@ def evaluate(config: EvaluateConfig, *, dry_run: bool) -> None:
     if dry_run:
         runner.dry_run(config)
     else:
-        runner.evaluate(config)
+        runner.evaluate_and_report(config)
+
+
+@command(app, ReportConfig)
+def report(config: ReportConfig) -> None:
+    """Tables and pictures of what evaluate found.
+
+    Joins the results of several folders; says which seeds are missing and how sure differences are.
+
+    Example:  espalier-train report --results runs/evaluate/demo --out runs/evaluate/demo/report
+    """
+    from training.suite import report as training_report
+
+    training_report.report(config)
 
 
 @command(app, DemoConfig)

@@ -19,7 +19,8 @@ from training.suite.forecast import Forecast, by_key, told
 from training.suite.identity import commit, digest, identity
 from training.suite.ledger import Ledger
 from training.suite.plan import SETUP, Job, jobs
-from training.suite.settings import EvaluateConfig
+from training.suite.report import report
+from training.suite.settings import EvaluateConfig, ReportConfig
 from training.suite.worker import Event, Work, Worker
 
 OnJob = Callable[[Event], None]
@@ -38,6 +39,21 @@ def evaluate(config: EvaluateConfig, on_job: OnJob | None = None) -> Ledger:
         _work(work, ledger, on_job)
         _check(ledger, planned)
     return ledger
+
+
+def evaluate_and_report(config: EvaluateConfig) -> None:
+    """As `evaluate`; the report is written in any case, if there is anything to report."""
+    try:
+        evaluate(config)
+    except RunError:
+        _report(config)
+        raise
+    _report(config)
+
+
+def _report(config: EvaluateConfig) -> None:
+    if any((config.folder / "cells").glob("*.jsonl")):
+        report(ReportConfig(results=(config.folder,), out=config.folder / "report"))
 
 
 def dry_run(config: EvaluateConfig) -> None:
