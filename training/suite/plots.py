@@ -9,6 +9,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from training.relations import Matrix
 from training.relations.heatmap import cluster
@@ -95,7 +96,7 @@ def weights(tasks: Sequence[str], values: Matrix, file: Path, title: str) -> Non
     columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)
     tall = min(8.0, 0.12 * values.shape[1] + 1.2)
-    figure = new_figure(3.2 * columns + 1, max(2.5, tall * rows))
+    figure = new_figure(max(6.0, 3.2 * columns + 1), max(2.5, tall * rows))
     panels = np.atleast_1d(np.array(figure.subplots(rows, columns))).ravel()
     most = float(np.abs(values).max()) or 1.0
     for axes in panels[len(chosen) :]:
@@ -111,8 +112,9 @@ def weights(tasks: Sequence[str], values: Matrix, file: Path, title: str) -> Non
 
 def _modules(axes: Axes, tasks: Sequence[str], count: int) -> None:
     axes.set_xlabel("layer", fontsize=7)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(labelsize=6)
-    if count == len(tasks) and count <= MOST_NAMED:
+    if count == len(tasks) and count <= 2 * MOST_NAMED:
         axes.set_yticks(range(count), tasks, fontsize=5)
     else:
         axes.set_ylabel("module", fontsize=7)

@@ -20,9 +20,9 @@ _HOW = """## How to read this
   every method and seed; a seed decides which training examples are taken and where training begins.
 - **minus single**, **ours minus it**: differences in points of a percent, over the same (task, seed) pairs. `single`
   is each task with its own adapter alone. Two 95 % intervals follow. The first is a t-interval that takes all pairs
-  as independent, which seeds of one task are not: it is often too narrow. The second draws the tasks anew, each with all its
-  seeds (bootstrap, 2000 draws): it says what another choice of tasks would give. A difference is **bold** if the
-  second leaves zero out. Where many methods are compared, one in twenty such intervals misses by chance.
+  as independent, which seeds of one task are not: it is often too narrow. The second draws the tasks anew, each with
+  all its seeds (bootstrap, 2000 draws): it says what another choice of tasks would give. A difference is **bold** if
+  the second leaves zero out. Where many methods are compared, one in twenty such intervals misses by chance.
 - **regime**: pluggable methods compose adapters that were trained apart; joint ones train their own together; unknown
   ones answer for a task that is new to them. Compare like with like.
 - **\\***: a baseline counted with its heads fitted anew on the training examples, because that is the better of its

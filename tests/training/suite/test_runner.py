@@ -1,20 +1,25 @@
 """evaluate: jobs and their order, stops, failures, several workers, refusals."""
 
 import json
+import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from training.errors import ConfigError, DivergedError, RunError
+from training.errors import ConfigError, DivergedError, RunError, StoppedError
 from training.suite import registry, runner
+from training.suite.crew import Crew
+from training.suite.forecast import Forecast, told
 from training.suite.identity import identity
 from training.suite.ledger import FAILED, Ledger, append, read_lines
 from training.suite.methods import Method, Nodes, Result
 from training.suite.plan import Cell, Job, jobs
 from training.suite.settings import EvaluateConfig
 from training.suite.workbench import Workbench
-from training.suite.worker import Event, preferred, ready_jobs
+from training.suite.worker import Event, Work, preferred, ready_jobs
 
 COST = ("seconds", "peak_mb")
 Make = Callable[..., EvaluateConfig]
@@ -185,3 +190,47 @@ def test_half_a_line_is_left_behind(tmp_path: Path) -> None:
     append(file, {"method": "b"})
 
     assert [line["method"] for line in read_lines(file)] == ["a", "b"]
+
+
+def test_ctrl_c_says_how_to_go_on(suite_config: Make) -> None:
+    def interrupted(event: Event) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(StoppedError, match=r"1 of 6 jobs .*; give the same command again to go on") as stopped:
+        runner.evaluate(suite_config(), on_job=interrupted)
+
+    assert stopped.value.signum == 2
+
+
+def test_a_worker_that_dies_fails_its_job_and_is_replaced(suite_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, job = suite_config(), Job(Cell(6, 0), "nodes", "setup")
+    crew = Crew(Work(config, [job], "x", None), 0)
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    crew._members[ours] = SimpleNamespace(pid=os.getpid(), exitcode=-9, join=lambda: None)  # type: ignore[assignment]
+    hired: list[bool] = []
+    monkeypatch.setattr(crew, "_hire", lambda: hired.append(True))
+    seen: list[Event] = []
+
+    with crew.work.ledger.opened(identity(config)):
+        crew.work.ledger.claim(job)
+        crew.watch(seen.append, lambda: False)
+
+    assert seen == [("failed", "6-0.nodes", 0.0)]
+    assert hired == [True]
+    assert "exit code -9" in crew.work.ledger.errors()[0]["error"]
+
+
+def test_the_rest_is_foretold_by_like_jobs() -> None:
+    plan = [Job(Cell(n, s), m, "pluggable") for m in ("a", "b") for n in (6, 30) for s in (0, 1)]
+    forecast = Forecast(plan, workers=2)
+    assert forecast.left(["6-0.a"]) is None
+
+    forecast.add("6-0.a", 10)
+    forecast.add("30-0.a", 50)
+
+    assert forecast.left(["6-1.a"]) == 5
+    assert forecast.left(["6-1.a", "30-1.b"]) == 5 + 15
+    assert (told(None), told(8), told(600), told(7200)) == (
+        "", "about 8 s left", "about 10 min left", "about 2.0 h left",
+    )  # fmt: skip
