@@ -1,4 +1,4 @@
-"""The command line of training: fit -> publish -> relate -> evaluate, and the demo that does all of it."""
+"""The command line of training: fit -> publish -> relate -> score, and the demo that does all of it."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from training.commands import command
-from training.config import DemoConfig, EvaluateConfig, FitConfig, PublishConfig, RelateConfig, StylesConfig, resolve
+from training.config import DemoConfig, FitConfig, PublishConfig, RelateConfig, ScoreConfig, StylesConfig, resolve
+from training.suite.settings import EvaluateConfig, ReportConfig
 
 app = typer.Typer(
     name="espalier-train",
@@ -15,13 +16,14 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
     help="Train task adapters on one frozen backbone, find out how they help each other, and publish them.\n\n"
-    "The usual way: fit, then publish, relate, evaluate. Every command takes its settings from flags, from a file "
+    "The usual way: fit, then publish, relate, score. Every command takes its settings from flags, from a file "
     "(--config), or both.",
 )
 
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with a run that was stopped; without --run the newest unfinished one.")
 ]
+Jobs = Annotated[bool, typer.Option("--dry-run", help="List cells and jobs; nothing is run or written.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="One batch through everything, nothing is written.")]
 
 
@@ -79,19 +81,49 @@ def relate(config: RelateConfig) -> None:
     training_relate.relate(config)
 
 
-@command(app, EvaluateConfig)
-def evaluate(config: EvaluateConfig) -> None:
-    """Scores per task on the test texts.
+@command(app, ScoreConfig)
+def score(config: ScoreConfig) -> None:
+    """Scores of published adapters per task on the test texts.
 
     Accuracy, or loss and accuracy per token of the completions for tasks that generate:
     of the bare backbone, of each task's own adapter, and of adapters composed by the graph.
     JSON lines go to stdout (and to --out), a table to stderr.
 
-    Example:  espalier-train evaluate --data training/demo_data --store adapters_store/data --modes single,prior
+    Example:  espalier-train score --data training/demo_data --store adapters_store/data --modes single,prior
     """
-    from training import evaluate as training_evaluate
+    from training import score as training_score
 
-    training_evaluate.evaluate(config)
+    training_score.score(config)
+
+
+@command(app, EvaluateConfig, dry_run=Jobs)
+def evaluate(config: EvaluateConfig, *, dry_run: bool) -> None:
+    """Compare ways to compose adapters on a suite of tasks.
+
+    Every method, for every number of training examples and seed; adapters are trained here and no store is needed.
+    Ctrl-C stops, the same command goes on; what failed is tried again. At the end a report is written.
+
+    Example:  espalier-train evaluate --data training/demo_data --seeds 0,1 --examples 30 --out runs/evaluate/demo
+    """
+    from training.suite import runner
+
+    if dry_run:
+        runner.dry_run(config)
+    else:
+        runner.evaluate_and_report(config)
+
+
+@command(app, ReportConfig)
+def report(config: ReportConfig) -> None:
+    """Tables and pictures of what evaluate found.
+
+    Joins the results of several folders; says which seeds are missing and how sure differences are.
+
+    Example:  espalier-train report --results runs/evaluate/demo --out runs/evaluate/demo/report
+    """
+    from training.suite import report as training_report
+
+    training_report.report(config)
 
 
 @command(app, DemoConfig)

@@ -126,7 +126,7 @@ def _default(field: FieldInfo) -> str:
     value = field.default
     if value is None or value in ({}, ()) or "default:" in (field.description or ""):
         return ""
-    return f"  [default: {','.join(value) if isinstance(value, tuple) else value}]"
+    return f"  [default: {','.join(map(str, value)) if isinstance(value, tuple) else value}]"
 
 
 def _flags(model: type[BaseModel], given: dict[str, Any]) -> dict[str, Any]:

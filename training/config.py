@@ -133,13 +133,13 @@ class PublishConfig(Settings):
     actor: str = Field("", description="who publishes; noted in the store")
 
 
-class EvaluateConfig(Machine):
-    """Settings of `evaluate`."""
+class ScoreConfig(Machine):
+    """Settings of `score`."""
 
     data: Path = Field(description="folder of task folders with a test.jsonl each")
     store: Path = Field(STORE, description="adapter store to load adapters and graph from")
     backbone: str | None = Field(None, description="hub id or folder; default: all-MiniLM-L6-v2 from PyPI")
-    alias: str | None = Field("prod", description="versions to evaluate; the latest where a task has no such alias")
+    alias: str | None = Field("prod", description="versions to score; the latest where a task has no such alias")
     tasks: tuple[str, ...] = Field((), description="only these tasks; default: all that the store has")
     modes: tuple[Mode, ...] = Field(("none", "single", "prior"), min_length=1, description="compositions to compare")
     graph: int | None = Field(None, ge=1, description="version of the relation graph; default: the latest")

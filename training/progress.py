@@ -33,14 +33,14 @@ class _RichBar:
 
 
 class _Lines:
-    """Tells every tenth of the work in a line of its own."""
+    """Tells every tenth of the work in a line of its own; every unit of it if each is a job."""
 
-    def __init__(self, total: int, title: str) -> None:
-        self._total, self._title, self._done = total, title, 0
+    def __init__(self, total: int, title: str, *, jobs: bool = False) -> None:
+        self._total, self._title, self._done, self._tells = total, title, 0, total if jobs else 10
 
     def advance(self, count: int = 1, note: str = "") -> None:
         before, self._done = self._done, self._done + count
-        if before * 10 // max(1, self._total) != self._done * 10 // max(1, self._total):
+        if before * self._tells // max(1, self._total) != self._done * self._tells // max(1, self._total):
             say(f"{self._title}: {self._done}/{self._total} {note}".rstrip())
 
     def say(self, line: str) -> None:
@@ -48,20 +48,18 @@ class _Lines:
 
 
 @contextmanager
-def bar(total: int, title: str, done: int = 0) -> Iterator[Bar]:
-    """A bar over `total` units of work, `done` of them behind us."""
+def bar(total: int, title: str, done: int = 0, *, jobs: bool = False) -> Iterator[Bar]:
+    """A bar over `total` units of work, `done` of them behind us.
+
+    jobs: the units are long and unlike: each has a line, and their notes say how much time is left.
+    """
     if not console.is_terminal:
-        lines = _Lines(total, title)
+        lines = _Lines(total, title, jobs=jobs)
         lines._done = done  # noqa: SLF001 # where a resumed run begins
         yield lines
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    columns += [] if jobs else [TimeRemainingColumn()]
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
         shown = _RichBar(progress, total, title)
         shown.advance(done)

@@ -1,6 +1,6 @@
 """Real data, the whole way: 16 FDU-MTL tasks trained with 100 examples each, published, related, served, asked.
 
-Trains heads alone and LoRA adapters with `python -m training`, evaluates them there, then asks a server on the same
+Trains heads alone and LoRA adapters with `python -m training`, scores them there, then asks a server on the same
 store for every test text through `/v1/infer` and compares. Finished steps are kept in runs/bench-fdu, so a stopped run
 goes on. Run: python -m tests.bench.fdu [--data ../shared/data/fdu_mtl] [--examples 100] [--seed 0]
 """
@@ -57,7 +57,7 @@ def evaluated(kind: str, modes: str, data: Path) -> dict[tuple[str, str], float]
     """(task, mode) -> accuracy, as training's own evaluation has it."""
     out = WORK / f"evaluated-{kind}.jsonl"
     if not out.exists():
-        training("evaluate", "--data", data, "--store", WORK / f"store-{kind}", "--modes", modes, "--out", out)
+        training("score", "--data", data, "--store", WORK / f"store-{kind}", "--modes", modes, "--out", out)
     return {(line["task"], line["mode"]): line["accuracy"] for line in map(json.loads, out.read_text().splitlines())}
 
 

@@ -11,7 +11,7 @@ from training.cli import app
 from training.config import FitConfig
 from training.fit import fit
 
-COMMANDS = ["fit", "publish", "relate", "evaluate", "demo", "styles"]
+COMMANDS = ["fit", "publish", "relate", "score", "evaluate", "report", "demo", "styles"]
 
 
 def run(*arguments: str) -> Result:
@@ -25,15 +25,17 @@ def test_help_has_an_example_and_says_what_every_flag_does(command: str) -> None
     assert found.exit_code == 0
     assert f"espalier-train {command}" in found.stdout
     assert "--config" in found.stdout
-    assert "--token-budget" in found.stdout or command in ("publish", "styles")
+    assert "--token-budget" in found.stdout or command in ("publish", "report", "styles")
 
 
 def test_every_setting_has_a_description() -> None:
-    from training import config
+    from training import config as c
+    from training.suite import settings as s
 
-    for name in ("FitConfig", "RelateConfig", "PublishConfig", "EvaluateConfig", "DemoConfig", "StylesConfig"):
-        for field, info in getattr(config, name).model_fields.items():
-            assert info.description, f"{name}.{field}"
+    commands = [c.FitConfig, c.RelateConfig, c.PublishConfig, c.ScoreConfig, c.DemoConfig, c.StylesConfig]
+    for model in [*commands, s.EvaluateConfig, s.ReportConfig]:
+        for field, info in model.model_fields.items():
+            assert info.description, f"{model.__name__}.{field}"
 
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
@@ -103,8 +105,10 @@ def test_other_errors_are_one_line_and_status_1(tmp_path: Path) -> None:
         ["fit", "--data", str(tmp_path / "nowhere")],
         ["publish", "--run", str(tmp_path)],
         ["relate", "--run", str(tmp_path)],
-        ["evaluate", "--data", str(tmp_path), "--store", str(tmp_path / "store")],
+        ["score", "--data", str(tmp_path), "--store", str(tmp_path / "store")],
         ["fit", "--resume", "--runs", str(tmp_path)],
+        ["evaluate", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")],
+        ["report", "--results", str(tmp_path), "--out", str(tmp_path / "report")],
     ):
         found = run(*arguments)
         assert found.exit_code == 1, arguments
@@ -157,3 +161,21 @@ def test_resume_finds_the_newest_unfinished_run_and_keeps_its_settings(
     assert found.exit_code == 0
     assert "resumed" in found.stderr
     assert (config.runs / "one" / "summary.json").is_file()
+
+
+def test_evaluate_lists_its_jobs_does_them_and_reports(bert_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    arguments = [
+        "evaluate", "--data", str(data_folder), "--name", "tiny", "--examples", "6", "--methods", "single,uniform",
+        "--first-layer", "1", "--test-examples", "8", "--backbone", str(bert_folder), "--dtype", "float32",
+        "--out", str(tmp_path / "out"),
+    ]  # fmt: skip
+
+    listed = run(*arguments, "--dry-run")
+    assert listed.exit_code == 0
+    assert "3 jobs, 3 to do" in listed.stderr
+    assert not (tmp_path / "out").exists()
+    done = run(*arguments)
+    assert done.exit_code == 0
+    assert "| uniform | pluggable |" in (tmp_path / "out" / "report" / "report.md").read_text()
+    assert run(*arguments, "--examples", "many").exit_code == 2
+    assert "unknown method 'magic'" in run(*arguments, "--methods", "magic").stderr

@@ -15,13 +15,13 @@ from adapters_store.store import AdapterStore
 from tests.training.decoders import FAMILIES
 from training import export
 from training.backbone import LoadedBackbone, load
-from training.config import EvaluateConfig, FitConfig, PublishConfig, RelateConfig
+from training.config import FitConfig, PublishConfig, RelateConfig, ScoreConfig
 from training.errors import DataError
-from training.evaluate import evaluate
 from training.fit import fit
 from training.publish import publish
 from training.relate import relate
 from training.run import Run
+from training.score import score
 from training.tasks import Task, read_task
 
 MakeConfig = Callable[..., FitConfig]
@@ -115,13 +115,11 @@ def test_transfer_is_the_gain_in_log_probability_per_token(related: tuple[Run, P
     assert set(graph.attributes.views) == {"embedding", "weights", "transfer"}
 
 
-def test_evaluate_gives_loss_and_accuracy_per_token(related: tuple[Run, Path], tmp_path: Path) -> None:
+def test_score_gives_loss_and_accuracy_per_token(related: tuple[Run, Path], tmp_path: Path) -> None:
     run, store = related
     config = run.config()
 
-    outcomes = evaluate(
-        EvaluateConfig(data=config.data, store=store, backbone=config.backbone, out=tmp_path / "out.jsonl")
-    )
+    outcomes = score(ScoreConfig(data=config.data, store=store, backbone=config.backbone, out=tmp_path / "out.jsonl"))
 
     found = {(o.task, o.mode): o.scores for o in outcomes}
     assert set(found) == {(task, mode) for task in TASKS for mode in ("none", "single", "prior")}
@@ -146,4 +144,4 @@ def test_labels_for_a_task_that_generates_are_refused(
     shutil.copytree(data_folder / "books", tmp_path / "data" / "plain")
 
     with pytest.raises(DataError, match="the adapter of plain does not know all of its labels"):
-        evaluate(EvaluateConfig(data=tmp_path / "data", store=store, backbone=run.config().backbone, modes=("single",)))
+        score(ScoreConfig(data=tmp_path / "data", store=store, backbone=run.config().backbone, modes=("single",)))

@@ -12,12 +12,12 @@ from adapters_store.store import AdapterStore
 from tests.training.alone import logits_alone
 from training import export
 from training.backbone import LoadedBackbone
-from training.config import EvaluateConfig, FitConfig, PublishConfig, RelateConfig
+from training.config import FitConfig, PublishConfig, RelateConfig, ScoreConfig
 from training.errors import DataError, RunError
-from training.evaluate import evaluate
 from training.fit import fit
 from training.publish import publish
 from training.relate import relate
+from training.score import score
 from training.tasks import read_task
 
 MakeConfig = Callable[..., FitConfig]
@@ -88,7 +88,7 @@ def test_an_unfinished_run_is_not_published(tmp_path: Path) -> None:
         publish(PublishConfig(run=tmp_path, store=tmp_path / "store"))
 
 
-def test_relate_then_evaluate_by_the_graph(
+def test_relate_then_score_by_the_graph(
     fit_config: MakeConfig, data_folder: Path, tmp_path: Path, bert_folder: Path
 ) -> None:
     run = fit(fit_config(epochs=10))
@@ -97,7 +97,7 @@ def test_relate_then_evaluate_by_the_graph(
     assert relate(RelateConfig(run=run.folder, store=store, knobs={"c": 0.6, "threshold": 0.0})) == 1
 
     out = tmp_path / "results" / "one.jsonl"
-    outcomes = evaluate(EvaluateConfig(data=data_folder, store=store, backbone=str(bert_folder), out=out))
+    outcomes = score(ScoreConfig(data=data_folder, store=store, backbone=str(bert_folder), out=out))
 
     assert [(o.task, o.mode) for o in outcomes] == [
         (task, mode) for mode in ("none", "single", "prior") for task in ("books", "films", "intent")
@@ -114,8 +114,8 @@ def test_single_accuracy_is_that_of_the_adapter_alone(
 ) -> None:
     run = fit(fit_config())
     publish(PublishConfig(run=run.folder, store=tmp_path / "store"))
-    outcomes = evaluate(
-        EvaluateConfig(data=data_folder, store=tmp_path / "store", backbone=str(bert_folder), modes=("single",))
+    outcomes = score(
+        ScoreConfig(data=data_folder, store=tmp_path / "store", backbone=str(bert_folder), modes=("single",))
     )
 
     task = read_task(data_folder / "films")
@@ -127,4 +127,4 @@ def test_single_accuracy_is_that_of_the_adapter_alone(
 
 def test_evaluating_an_empty_store_says_so(data_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has an adapter in"):
-        evaluate(EvaluateConfig(data=data_folder, store=tmp_path / "store"))
+        score(ScoreConfig(data=data_folder, store=tmp_path / "store"))

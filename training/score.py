@@ -1,4 +1,4 @@
-"""evaluate: published adapters on test splits, composed in the ways that the server composes.
+"""score: published adapters on test splits, composed in the ways that the server composes.
 
 none: the bare backbone (under the task's head, if it classifies); single: the task's own adapter; prior: as the
 relation graph says. A task that classifies gets accuracy and loss; one that generates gets loss and accuracy per token
@@ -24,7 +24,7 @@ from adapters_store.prior import Prior
 from adapters_store.store import AdapterStore
 from training import objectives, step
 from training.backbone import LoadedBackbone, load
-from training.config import EvaluateConfig, Mode
+from training.config import Mode, ScoreConfig
 from training.errors import DataError
 from training.objectives import Asked, Objective, Texts
 from training.progress import bar, console, result
@@ -72,7 +72,7 @@ class Lattice:
     prior: Prior
 
 
-def evaluate(config: EvaluateConfig) -> list[Outcome]:
+def score(config: ScoreConfig) -> list[Outcome]:
     """Scores per task and mode; written as JSON lines and shown as a table."""
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -94,7 +94,7 @@ def evaluate(config: EvaluateConfig) -> list[Outcome]:
     return outcomes
 
 
-def _tasks(config: EvaluateConfig, store: AdapterStore) -> list[Task]:
+def _tasks(config: ScoreConfig, store: AdapterStore) -> list[Task]:
     known = set(store.names())
     tasks = [first(task, config.examples) for task in read_tasks(config.data, names=config.tasks)]
     missing = [task.name for task in tasks if task.name not in known]
@@ -109,11 +109,11 @@ def _tasks(config: EvaluateConfig, store: AdapterStore) -> list[Task]:
         )
     untested = [task.name for task in chosen if not task.test]
     if untested:
-        raise DataError(f"{config.data / untested[0]}: expected a test.jsonl to evaluate on")
+        raise DataError(f"{config.data / untested[0]}: expected a test.jsonl to score on")
     return chosen
 
 
-def _resident(store: AdapterStore, backbone: LoadedBackbone, task: Task, slot: int, config: EvaluateConfig) -> Resident:
+def _resident(store: AdapterStore, backbone: LoadedBackbone, task: Task, slot: int, config: ScoreConfig) -> Resident:
     has_alias = config.alias is not None and config.alias in store.aliases(task.name)
     manifest = store.resolve(f"{task.name}@{config.alias}" if has_alias else task.name)
     if not manifest.backbone.is_same(backbone.fingerprint):
@@ -128,7 +128,7 @@ def _resident(store: AdapterStore, backbone: LoadedBackbone, task: Task, slot: i
     return Resident(task, manifest, adapter, slot, objective, objective.texts(task.test))
 
 
-def _lattice(store: AdapterStore, config: EvaluateConfig) -> Lattice | None:
+def _lattice(store: AdapterStore, config: ScoreConfig) -> Lattice | None:
     if "prior" not in config.modes:
         return None
     version, document = store.graph(config.graph)
@@ -192,7 +192,7 @@ def _outcome(
     )  # fmt: skip
 
 
-def _report(outcomes: Sequence[Outcome], config: EvaluateConfig) -> None:
+def _report(outcomes: Sequence[Outcome], config: ScoreConfig) -> None:
     lines = [json.dumps(outcome.line()) for outcome in outcomes]
     if config.out:
         config.out.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +202,7 @@ def _report(outcomes: Sequence[Outcome], config: EvaluateConfig) -> None:
         console.print(_table([outcome for outcome in outcomes if outcome.headline == headline], config))
 
 
-def _table(outcomes: Sequence[Outcome], config: EvaluateConfig) -> Table:
+def _table(outcomes: Sequence[Outcome], config: ScoreConfig) -> Table:
     """The first metric of tasks with one objective."""
     what = {"accuracy": "test accuracy", "loss": "test loss per token"}[outcomes[0].headline]
     table = Table("task", *config.modes, title=f"{what}, {config.store}")
@@ -210,7 +210,7 @@ def _table(outcomes: Sequence[Outcome], config: EvaluateConfig) -> Table:
     for outcome in outcomes:
         by_task.setdefault(outcome.task, []).append(outcome.scores[outcome.headline])
     for task, scores in by_task.items():
-        table.add_row(task, *(f"{score:.3f}" for score in scores))
+        table.add_row(task, *(f"{value:.3f}" for value in scores))
     means = [sum(scores) / len(by_task) for scores in zip(*by_task.values(), strict=True)]
     table.add_row("mean", *(f"{score:.3f}" for score in means), style="bold")
     return table

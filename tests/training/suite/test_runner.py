@@ -1,0 +1,236 @@
+"""evaluate: jobs and their order, stops, failures, several workers, refusals."""
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from training.errors import ConfigError, DivergedError, RunError, StoppedError
+from training.suite import registry, runner
+from training.suite.crew import Crew
+from training.suite.forecast import Forecast, told
+from training.suite.identity import identity
+from training.suite.ledger import FAILED, Ledger, append, read_lines
+from training.suite.methods import Method, Nodes, Result
+from training.suite.plan import Cell, Job, jobs
+from training.suite.settings import EvaluateConfig
+from training.suite.workbench import Workbench
+from training.suite.worker import Event, Work, preferred, ready_jobs
+
+COST = ("seconds", "peak_mb")
+Make = Callable[..., EvaluateConfig]
+
+
+@pytest.fixture
+def suite_config(bert_folder: Path, data_folder: Path, tmp_path: Path) -> Make:
+    def make(**changes: object) -> EvaluateConfig:
+        usual: dict[str, object] = {
+            "data": (data_folder,), "name": "tiny", "seeds": (0, 1), "examples": (6,), "out": tmp_path / "out",
+            "test_examples": 8, "first_layer": 1, "backbone": str(bert_folder), "dtype": "float32",
+            "methods": ("single", "uniform"),
+        }  # fmt: skip
+        return EvaluateConfig.model_validate(usual | changes)
+
+    return make
+
+
+def without_cost(ledger: Ledger) -> list[dict[str, object]]:
+    lines = [{key: value for key, value in line.items() if key not in COST} for line in ledger.lines()]
+    return sorted(lines, key=lambda line: (line["seed"], line["method"]))  # type: ignore[no-any-return]
+
+
+def plugged(monkeypatch: pytest.MonkeyPatch, name: str, run: Callable[[Workbench, Nodes], Result]) -> None:
+    monkeypatch.setitem(registry.METHODS, name, Method(name, "pluggable", run))
+
+
+def test_every_job_has_a_line(suite_config: Make, tmp_path: Path) -> None:
+    ledger = runner.evaluate(suite_config())
+
+    lines = ledger.lines()
+    assert [(line["seed"], line["method"]) for line in lines] == [
+        (seed, method) for seed in (0, 1) for method in ("nodes", "single", "uniform")
+    ]
+    line = lines[1]
+    assert line["suite"] == "tiny"
+    assert line["examples"] == 6
+    assert line["regime"] == "pluggable"
+    assert line["tasks"] == ["books", "films", "intent"]
+    assert line["families"][2] == "intent"
+    assert len(line["accuracy"]) == 3
+    assert [len(line["weights"]), len(line["weights"][0]), len(line["weights"][0][0])] == [3, 3, 2]
+    assert line["setting"] == ledger.setting
+    assert (tmp_path / "out" / "cells" / "6-0" / "nodes" / "nodes.safetensors").is_file()
+
+
+def test_a_stopped_run_goes_on_to_the_same_lines(suite_config: Make, tmp_path: Path) -> None:
+    whole = runner.evaluate(suite_config(out=tmp_path / "whole"))
+    seen: list[Event] = []
+
+    def stop(event: Event) -> None:
+        seen.append(event)
+        if len(seen) == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        runner.evaluate(suite_config(), on_job=stop)
+    again = runner.evaluate(suite_config(), on_job=seen.append)
+
+    assert len({key for _, key, _ in seen}) == len(seen) == 6
+    assert without_cost(again) == without_cost(whole)
+
+
+def test_two_workers_give_what_one_gives(suite_config: Make, tmp_path: Path) -> None:
+    one = runner.evaluate(suite_config(out=tmp_path / "one"))
+
+    two = runner.evaluate(suite_config(workers=2))
+
+    assert without_cost(two) == without_cost(one)
+
+
+def test_what_is_added_later_is_all_that_is_done(suite_config: Make) -> None:
+    runner.evaluate(suite_config(seeds=(0,), methods=("single",)))
+    seen: list[Event] = []
+
+    runner.evaluate(suite_config(seeds=(0,)), on_job=seen.append)
+
+    assert [key for _, key, _ in seen] == ["6-0.uniform"]
+
+
+def test_a_failing_method_is_told_and_tried_again(
+    suite_config: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks(bench: Workbench, nodes: Nodes) -> Result:
+        raise DivergedError("the loss became nan")
+
+    plugged(monkeypatch, "broken", breaks)
+    config = suite_config(seeds=(0,), methods=("broken", "single"))
+    with pytest.raises(RunError, match="1 of 3 jobs have no result"):
+        runner.evaluate(config)
+
+    ledger = Ledger(config.folder, "")
+    assert [(e["method"], e["error"]) for e in ledger.errors()] == [("broken", "DivergedError: the loss became nan")]
+    plugged(monkeypatch, "broken", lambda bench, nodes: Result([1.0, 1.0, 1.0], facts={"note": "mended"}))
+    lines = runner.evaluate(config).lines()
+    assert {line["method"] for line in lines} == {"nodes", "single", "broken"}
+    assert ledger.errors() == []
+
+
+def test_relations_are_measured_once_per_cell(suite_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "RELATE", lambda bench, nodes: {"tasks": bench.names, "known": len(nodes.heads)})
+    config = suite_config(seeds=(0,), methods=("relations",))
+
+    ledger = runner.evaluate(config)
+
+    assert json.loads(ledger.relations(Cell(6, 0)).read_text()) == {"tasks": ["books", "films", "intent"], "known": 3}
+    assert [line["method"] for line in ledger.lines()] == ["nodes", "relations"]
+
+
+def test_joint_methods_need_no_nodes(suite_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = Method("alone", "joint", lambda bench, nodes: Result([float(len(nodes.heads))] * 3))
+    monkeypatch.setitem(registry.METHODS, "alone", method)
+
+    ledger = runner.evaluate(suite_config(seeds=(0,), methods=("joint", "alone")))
+
+    alone = [line for line in ledger.lines() if line["method"] == "alone"]
+    assert [line["accuracy"] for line in alone] == [[0.0, 0.0, 0.0]]
+
+
+def test_a_changed_setting_is_refused(suite_config: Make, tmp_path: Path) -> None:
+    runner.evaluate(suite_config(seeds=(0,), methods=("single",)))
+
+    with pytest.raises(ConfigError, match="test_examples was 8, now it is 9; give another --out"):
+        runner.evaluate(suite_config(test_examples=9))
+
+
+def test_one_run_at_a_time(suite_config: Make) -> None:
+    config = suite_config()
+    with (
+        Ledger(config.folder, "x").opened(identity(config)),
+        pytest.raises(RunError, match="another evaluation is at work"),
+    ):
+        runner.evaluate(config)
+
+
+def test_a_dry_run_lists_and_writes_nothing(suite_config: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    config = suite_config()
+
+    runner.dry_run(config)
+
+    told = capsys.readouterr().err
+    assert "tiny, 6 examples, seed 1: 3 jobs" in told
+    assert "6 jobs, 6 to do" in told
+    assert not config.folder.exists()
+
+
+def test_unknown_methods_are_refused(suite_config: Make) -> None:
+    with pytest.raises(ConfigError, match="unknown method 'magic'; known are: single, uniform"):
+        jobs(suite_config(methods=("magic",)), {m: registry.METHODS[m] for m in ("single", "uniform")}, relate=False)
+
+
+def test_what_can_begin_and_what_is_lost() -> None:
+    a, b = Cell(6, 0), Cell(6, 1)
+    plan = [Job(cell, *rest) for cell in (a, b) for rest in (("nodes", "setup"), ("m", "pluggable", ("nodes",)))]
+
+    assert ready_jobs(plan, set(), {}) == [plan[0], plan[2]]
+    assert preferred([plan[0], plan[2]], None, {"6-0.m": "1"}) == [plan[2], plan[0]]
+    assert preferred([plan[1], plan[2]], a, {}) == [plan[1], plan[2]]
+    assert ready_jobs(plan, set(), {"6-0.nodes": "1", "6-1.nodes": FAILED}) == []
+    assert ready_jobs(plan, set(), {"6-0.nodes": FAILED, "6-1.nodes": FAILED}) is None
+    assert ready_jobs(plan, {job.key for job in plan}, {}) is None
+
+
+def test_half_a_line_is_left_behind(tmp_path: Path) -> None:
+    file = tmp_path / "cell.jsonl"
+    file.write_text('{"method": "a"}\n{"meth')
+
+    append(file, {"method": "b"})
+
+    assert [line["method"] for line in read_lines(file)] == ["a", "b"]
+
+
+def test_ctrl_c_says_how_to_go_on(suite_config: Make) -> None:
+    def interrupted(event: Event) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(StoppedError, match=r"1 of 6 jobs .*; give the same command again to go on") as stopped:
+        runner.evaluate(suite_config(), on_job=interrupted)
+
+    assert stopped.value.signum == 2
+
+
+def test_a_worker_that_dies_fails_its_job_and_is_replaced(suite_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, job = suite_config(), Job(Cell(6, 0), "nodes", "setup")
+    crew = Crew(Work(config, [job], "x", None), 0)
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    crew._members[ours] = SimpleNamespace(pid=os.getpid(), exitcode=-9, join=lambda: None)  # type: ignore[assignment]
+    hired: list[bool] = []
+    monkeypatch.setattr(crew, "_hire", lambda: hired.append(True))
+    seen: list[Event] = []
+
+    with crew.work.ledger.opened(identity(config)):
+        crew.work.ledger.claim(job)
+        crew.watch(seen.append, lambda: False)
+
+    assert seen == [("failed", "6-0.nodes", 0.0)]
+    assert hired == [True]
+    assert "exit code -9" in crew.work.ledger.errors()[0]["error"]
+
+
+def test_the_rest_is_foretold_by_like_jobs() -> None:
+    plan = [Job(Cell(n, s), m, "pluggable") for m in ("a", "b") for n in (6, 30) for s in (0, 1)]
+    forecast = Forecast(plan, workers=2)
+    assert forecast.left(["6-0.a"]) is None
+
+    forecast.add("6-0.a", 10)
+    forecast.add("30-0.a", 50)
+
+    assert forecast.left(["6-1.a"]) == 5
+    assert forecast.left(["6-1.a", "30-1.b"]) == 5 + 15
+    assert (told(None), told(8), told(600), told(7200)) == (
+        "", "about 8 s left", "about 10 min left", "about 2.0 h left",
+    )  # fmt: skip

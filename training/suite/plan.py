@@ -1,0 +1,91 @@
+"""What a suite's evaluation consists of: cells (examples, seed), and in each cell jobs that need one another.
+
+nodes ──▶ relations, pluggable and unknown methods;   joint methods train their own adapters and need nothing
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from training.errors import ConfigError
+from training.suite.methods import Method
+from training.suite.settings import EvaluateConfig
+from training.suite.workbench import Setting
+
+NODES, RELATIONS, SETUP = "nodes", "relations", "setup"
+REGIMES = ("pluggable", "joint", "unknown")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of training examples (None: all) and one seed."""
+
+    examples: int | None
+    seed: int
+
+    @property
+    def size(self) -> int | str:
+        """Number of examples as results have it."""
+        return "all" if self.examples is None else self.examples
+
+    @property
+    def name(self) -> str:
+        """Of the cell's files."""
+        return f"{self.size}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A method of a cell, or what methods need. needs: names of jobs of the same cell that come first."""
+
+    cell: Cell
+    method: str
+    regime: str
+    needs: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Unique within an evaluation; the name of its claim."""
+        return f"{self.cell.name}.{self.method}"
+
+    @property
+    def needed(self) -> list[str]:
+        """Keys of what comes first."""
+        return [f"{self.cell.name}.{name}" for name in self.needs]
+
+
+def cells(config: EvaluateConfig) -> list[Cell]:
+    """All cells, few examples first."""
+    sizes = [None if size == "all" else size for size in dict.fromkeys(config.examples)]
+    return [Cell(size, seed) for size in sizes for seed in dict.fromkeys(config.seeds)]
+
+
+def jobs(config: EvaluateConfig, methods: Mapping[str, Method], *, relate: bool) -> list[Job]:
+    """All jobs, in the order in which they are preferred. relate: relations are measured too. Raises ConfigError."""
+    chosen = chosen_methods(config.methods, methods, relate=relate)
+    return [job for cell in cells(config) for job in _of_cell(cell, chosen, relate, RELATIONS in config.methods)]
+
+
+def chosen_methods(wanted: Sequence[str], methods: Mapping[str, Method], *, relate: bool) -> list[Method]:
+    """The methods of these names and regimes; all, if nothing is wanted. Raises ConfigError."""
+    known = {*methods, *REGIMES} | ({RELATIONS} if relate else set())
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise ConfigError(f"unknown method {unknown[0]!r}; known are: {', '.join(methods)}, or {', '.join(REGIMES)}")
+    return [m for m in methods.values() if not wanted or m.name in wanted or m.regime in wanted]
+
+
+def _of_cell(cell: Cell, chosen: Sequence[Method], relate: bool, asked: bool) -> list[Job]:
+    built = [Job(cell, m.name, m.regime, () if m.regime == "joint" else (NODES,)) for m in chosen]
+    if asked or any(job.needs for job in built):
+        first = [Job(cell, NODES, SETUP)]
+        return first + ([Job(cell, RELATIONS, SETUP, (NODES,))] if relate else []) + built
+    return built
+
+
+def setting_of(config: EvaluateConfig, cell: Cell) -> Setting:
+    """What the bench of a cell is made of."""
+    return Setting(
+        data=config.data, examples=cell.examples, seed=cell.seed, test_examples=config.test_examples,
+        max_length=config.max_length, first_layer=config.first_layer, backbone=config.backbone, dtype=config.dtype,
+        token_budget=config.token_budget,
+    )  # fmt: skip
