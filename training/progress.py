@@ -47,6 +47,16 @@ class _Lines:
         say(line)
 
 
+class Quiet:
+    """A bar that tells nothing."""
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Nothing to show."""
+
+    def say(self, line: str) -> None:
+        """Nothing to show."""
+
+
 @contextmanager
 def bar(total: int, title: str, done: int = 0, *, jobs: bool = False) -> Iterator[Bar]:
     """A bar over `total` units of work, `done` of them behind us.

@@ -42,12 +42,15 @@ def top_softmax(scores: Tensor, top: int) -> Tensor:
     return torch.zeros_like(scores).scatter(1, best.indices, best.values.softmax(dim=1))
 
 
-def gate_of(stacked: list[Stack]) -> Gate:
-    """The router of all sites."""
+def gate_of(stacked: list[Stack], without: int | None = None) -> Gate:
+    """The router of all sites. without: an adapter that no token may go to."""
     by_site = {stack.site: prototypes(stack) for stack in stacked}
 
     def gate(at: At) -> Tensor:
-        return top_softmax((at.x.float() @ by_site[at.stack.site].mT).abs() / TEMPERATURE, TOP)
+        scores = (at.x.float() @ by_site[at.stack.site].mT).abs() / TEMPERATURE
+        if without is not None:
+            scores[:, without] = -torch.inf
+        return top_softmax(scores, TOP)
 
     return gate
 

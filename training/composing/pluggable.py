@@ -32,12 +32,15 @@ class Choices:
     c: how far the walk goes; own_head: share of the task's own head in the mean; l2: how near the head stays to it.
     """
 
-    c: float = 0.9
+    c: float = 0.95
     epsilon: float = 1e-3
     threshold: float = 0.0
     own_head: float = 0.3
     l2: float = 0.1
     has_mass: bool = True
+
+
+USUAL = Choices()
 
 
 def knobs_of(choices: Choices) -> Knobs:
@@ -93,7 +96,7 @@ class Composed:
     facts: Mapping[str, Any]
 
 
-def compose(bench: Workbench, nodes: Nodes, relations: Matrix, choices: Choices = Choices()) -> Composed:
+def compose(bench: Workbench, nodes: Nodes, relations: Matrix, choices: Choices = USUAL) -> Composed:
     """Weights and heads of every task from its N examples."""
     knobs = knobs_of(choices)
     rows = prior_rows(bench.names, relations, knobs)

@@ -77,8 +77,8 @@ def chosen_methods(wanted: Sequence[str], methods: Mapping[str, Method], *, rela
 def _of_cell(cell: Cell, chosen: Sequence[Method], relate: bool, asked: bool) -> list[Job]:
     built = [Job(cell, m.name, m.regime, () if m.regime == "joint" else (NODES,)) for m in chosen]
     if asked or any(job.needs for job in built):
-        first = [Job(cell, NODES, SETUP)]
-        return first + ([Job(cell, RELATIONS, SETUP, (NODES,))] if relate else []) + built
+        last = [Job(cell, RELATIONS, SETUP, (NODES,))] if relate else []  # slow, and nothing waits for it
+        return [Job(cell, NODES, SETUP), *built, *last]
     return built
 
 

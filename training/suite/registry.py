@@ -1,35 +1,22 @@
-"""The methods of a suite by name, in the order of reports, and how relations are measured."""
+"""The methods of a suite by name, in the order in which they run, and how relations are measured.
+
+What the report is about comes first and what takes longest last, so that a suite that is stopped has the most to tell.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
-from training.suite.methods import Method, Nodes, Result, accuracies, pooled_under
-from training.suite.modules import one_hot, uniform
+from training.baselines import BASELINES
+from training.composing.ours import OURS
+from training.suite.measured import relations
+from training.suite.methods import Method, Nodes
 from training.suite.workbench import Workbench
 
 Relate = Callable[[Workbench, Nodes], dict[str, Any]]
 
-RELATE: Relate | None = None  # what the job `relations` of each cell runs; its answer becomes the cell's JSON
-
-
-def _under(bench: Workbench, nodes: Nodes, weights: Tensor) -> Result:
-    pooled = pooled_under(bench, nodes, weights, bench.test)
-    return Result(accuracies(nodes.heads, pooled, bench.test), weights)
-
-
-def _single(bench: Workbench, nodes: Nodes) -> Result:
-    return _under(bench, nodes, one_hot(len(bench.tasks), bench.num_layers))
-
-
-def _uniform(bench: Workbench, nodes: Nodes) -> Result:
-    size = len(bench.tasks)
-    return _under(bench, nodes, uniform(size, size, bench.num_layers))
-
-
-_ALL = (
-    Method("single", "pluggable", _single, "each task its own adapter"),
-    Method("uniform", "pluggable", _uniform, "all adapters alike"),
-)
-METHODS: dict[str, Method] = {method.name: method for method in _ALL}
+RELATE: Relate | None = relations  # what the job `relations` of each cell runs; its answer becomes the cell's JSON
+_FIRST = ("single", "shared", "ours", "ours-joint", "ours-random", "ours-joint-random", "task_arithmetic", "uniform")
+_LAST = ("uniform_joint", "poly", "lorahub", "phatgoose", "xlora", "adapterfusion")
+_every = OURS | BASELINES
+_middle = [name for name in _every if name not in (*_FIRST, *_LAST)]
+METHODS: dict[str, Method] = {name: _every[name] for name in (*_FIRST, *_middle, *_LAST)}

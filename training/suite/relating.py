@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adapters_store.adapter import Adapter
-from training.relations import Matrix, embedding, weights
+from training.relations import Matrix, embedding, labels, weights
 from training.suite.heads import HeadTensors, logits
 from training.suite.methods import Nodes, pooled_bare
 from training.suite.modules import mixes, resident
@@ -47,7 +47,7 @@ def of_data(bench: Workbench) -> Views:
     """What can be known without adapters: embedding and labels."""
     views = Views(bench.names)
     views.add("embedding", lambda: embedding.similarity([p.double().numpy() for p in pooled_bare(bench, bench.train)]))
-    views.add("labels", lambda: label_overlap([task.labels for task in bench.tasks]))
+    views.add("labels", lambda: labels.similarity([task.labels for task in bench.tasks]))
     return views
 
 
@@ -59,10 +59,30 @@ def of_nodes(bench: Workbench, nodes: Nodes) -> Views:
     return views
 
 
-def label_overlap(labels: list[tuple[str, ...]]) -> Matrix:
-    """(T, T) Jaccard index of the tasks' label names."""
-    sets = [set(names) for names in labels]
-    return np.array([[len(a & b) / len(a | b) for b in sets] for a in sets])
+def estimate(views: Views) -> Matrix:
+    """R0 (T, T) in [0, 1] with diagonal 1: the mean of the label overlap and the positive part of the embedding view.
+
+    Both can be had before there is any adapter, and predicted what helps better than the transfer measured on so few
+    examples did (mixed suite, 30 examples, one seed: mean accuracy 0.770 by these two, 0.762 by transfer).
+    """
+    found: Matrix = (views.matrices["labels"] + np.clip(views.matrices["embedding"], 0, 1)) / 2
+    np.fill_diagonal(found, 1)
+    return found
+
+
+def oracle(change: Matrix) -> Matrix:
+    """R0 from measured transfer: each row over its largest gain by another task, harm cut to 0, diagonal 1."""
+    others = change.copy()
+    np.fill_diagonal(others, -np.inf)
+    found: Matrix = np.clip(change / np.clip(others.max(axis=1, keepdims=True), 1e-3, None), 0, 1)
+    np.fill_diagonal(found, 1)
+    return found
+
+
+def renamed(relations: Matrix, seed: int) -> Matrix:
+    """The same graph with its nodes renamed at random: every degree and weight stays, what they mean goes."""
+    order = np.random.default_rng([seed, 11]).permutation(len(relations))
+    return relations[order][:, order]
 
 
 def transfer(bench: Workbench, nodes: Nodes, texts: int = TRANSFER_TEXTS) -> Matrix:
