@@ -28,6 +28,7 @@ class Ledger:
     def __init__(self, folder: Path, setting: str) -> None:
         """setting: digest of what results depend on; lines of another one do not count."""
         self.folder, self.setting = folder, setting
+        self._known: dict[Path, tuple[int, set[str]]] = {}  # file -> bytes read, methods found in them
         self.cells, self.claims, self.errors_file = folder / "cells", folder / "claims", folder / "errors.jsonl"
 
     @contextmanager
@@ -63,8 +64,19 @@ class Ledger:
         self.errors_file.unlink(missing_ok=True)
 
     def done(self) -> set[str]:
-        """Keys of the jobs that have a line."""
-        return {f"{file.stem}.{line['method']}" for file in self._files() for line in read_lines(file, self.setting)}
+        """Keys of the jobs that have a line. Asked often, and lines may be long: only what is new is read."""
+        return {f"{file.stem}.{method}" for file in self._files() for method in self._methods(file)}
+
+    def _methods(self, file: Path) -> set[str]:
+        start, methods = self._known.get(file, (0, set()))
+        if file.stat().st_size > start:
+            with file.open("rb") as opened:
+                opened.seek(start)
+                whole = opened.read().rpartition(b"\n")[0]
+            found = [_parsed(text) for text in whole.decode().split("\n")]
+            methods = methods | {line["method"] for line in found if line.get("setting") == self.setting}
+            self._known[file] = (start + len(whole) + 1 if whole else start, methods)
+        return methods
 
     def lines(self) -> list[dict[str, Any]]:
         """The lines of all cells."""
@@ -115,10 +127,11 @@ class Ledger:
 def append(file: Path, line: Mapping[str, Any]) -> None:
     """Add a line in one write; a line that a killed process left half is ended first."""
     data = (json.dumps(line, ensure_ascii=False, default=_plain) + "\n").encode()
-    if file.exists() and file.read_bytes()[-1:] not in (b"", b"\n"):
-        data = b"\n" + data
-    handle = os.open(file, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
+    handle = os.open(file, os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o644)
     try:
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            data = b"\n" + data
         os.write(handle, data)
     finally:
         os.close(handle)

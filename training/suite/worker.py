@@ -126,7 +126,7 @@ def describe(job: Job, bench: Workbench, result: Result, work: Work) -> dict[str
     sweep = {"sweep": facts.pop("sweep")} if "sweep" in facts else {}
     scores: dict[str, Any] = {"accuracy": [round(float(value), 6) for value in result.accuracy]}
     if result.weights is not None:
-        scores["weights"] = [[[round(v, 3) for v in row] for row in task] for task in result.weights.tolist()]
+        scores["weights"] = [[[round(v, 3) or 0 for v in row] for row in task] for task in result.weights.tolist()]
     about = {"suite": work.config.suite, "examples": job.cell.size, "seed": job.cell.seed, "method": job.method}
     tasks = {"regime": job.regime, "tasks": bench.names, "families": families(bench)}
     last = {"facts": facts, "commit": work.commit, "setting": work.setting}

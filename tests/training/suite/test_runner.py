@@ -12,14 +12,13 @@ import pytest
 from training.errors import ConfigError, DivergedError, RunError, StoppedError
 from training.suite import registry, runner
 from training.suite.crew import Crew
-from training.suite.forecast import Forecast, told
 from training.suite.identity import identity
-from training.suite.ledger import FAILED, Ledger, append, read_lines
+from training.suite.ledger import Ledger
 from training.suite.methods import Method, Nodes, Result
-from training.suite.plan import Cell, Job, jobs
+from training.suite.plan import Cell, Job
 from training.suite.settings import EvaluateConfig
 from training.suite.workbench import Workbench
-from training.suite.worker import Event, Work, preferred, ready_jobs
+from training.suite.worker import Event, Work
 
 COST = ("seconds", "peak_mb")
 Make = Callable[..., EvaluateConfig]
@@ -166,32 +165,6 @@ def test_a_dry_run_lists_and_writes_nothing(suite_config: Make, capsys: pytest.C
     assert not config.folder.exists()
 
 
-def test_unknown_methods_are_refused(suite_config: Make) -> None:
-    with pytest.raises(ConfigError, match="unknown method 'magic'; known are: single, uniform"):
-        jobs(suite_config(methods=("magic",)), {m: registry.METHODS[m] for m in ("single", "uniform")}, relate=False)
-
-
-def test_what_can_begin_and_what_is_lost() -> None:
-    a, b = Cell(6, 0), Cell(6, 1)
-    plan = [Job(cell, *rest) for cell in (a, b) for rest in (("nodes", "setup"), ("m", "pluggable", ("nodes",)))]
-
-    assert ready_jobs(plan, set(), {}) == [plan[0], plan[2]]
-    assert preferred([plan[0], plan[2]], None, {"6-0.m": "1"}) == [plan[2], plan[0]]
-    assert preferred([plan[1], plan[2]], a, {}) == [plan[1], plan[2]]
-    assert ready_jobs(plan, set(), {"6-0.nodes": "1", "6-1.nodes": FAILED}) == []
-    assert ready_jobs(plan, set(), {"6-0.nodes": FAILED, "6-1.nodes": FAILED}) is None
-    assert ready_jobs(plan, {job.key for job in plan}, {}) is None
-
-
-def test_half_a_line_is_left_behind(tmp_path: Path) -> None:
-    file = tmp_path / "cell.jsonl"
-    file.write_text('{"method": "a"}\n{"meth')
-
-    append(file, {"method": "b"})
-
-    assert [line["method"] for line in read_lines(file)] == ["a", "b"]
-
-
 def test_ctrl_c_says_how_to_go_on(suite_config: Make) -> None:
     def interrupted(event: Event) -> None:
         raise KeyboardInterrupt
@@ -219,18 +192,3 @@ def test_a_worker_that_dies_fails_its_job_and_is_replaced(suite_config: Make, mo
     assert seen == [("failed", "6-0.nodes", 0.0)]
     assert hired == [True]
     assert "exit code -9" in crew.work.ledger.errors()[0]["error"]
-
-
-def test_the_rest_is_foretold_by_like_jobs() -> None:
-    plan = [Job(Cell(n, s), m, "pluggable") for m in ("a", "b") for n in (6, 30) for s in (0, 1)]
-    forecast = Forecast(plan, workers=2)
-    assert forecast.left(["6-0.a"]) is None
-
-    forecast.add("6-0.a", 10)
-    forecast.add("30-0.a", 50)
-
-    assert forecast.left(["6-1.a"]) == 5
-    assert forecast.left(["6-1.a", "30-1.b"]) == 5 + 15
-    assert (told(None), told(8), told(600), told(7200)) == (
-        "", "about 8 s left", "about 10 min left", "about 2.0 h left",
-    )  # fmt: skip
