@@ -93,7 +93,9 @@ class Catalog:
         """
         manifest = self.manifest_of_task(task)
         if task in self._shared and manifest.head is None:
-            raise TaskNotFoundError(f"{task!r} is a module that tasks share, not a task; tasks are: {_some(self.task_set)}")
+            raise TaskNotFoundError(
+                f"{task!r} is a module that tasks share, not a task; tasks are: {_some(self.task_set)}"
+            )
 
     def has_module(self, task: str) -> bool:
         """True if the node has an adapter that can be composed: a task's, or a module's that tasks share."""

@@ -56,7 +56,7 @@ class Allocation:
     def _selected(self, alpha: Tensor, Pi: Tensor, S: Tensor | None) -> Tensor:
         """(T, K, num_layers) 1 where a module is among its task's first and stays on a path, else 0; no gradients."""
         chosen = torch.zeros_like(alpha, requires_grad=False)
-        between = np.eye(alpha.shape[1]) if S is None else S.detach().cpu().double().numpy()
+        between = np.eye(alpha.shape[1]) if S is None else S.detach().cpu().double().clamp(min=0).numpy()
         for t, (one, row) in enumerate(zip(alpha.detach().cpu(), Pi.detach().cpu(), strict=True)):
             at_hand = _at_hand(one, row, self.knobs.top_k).numpy()
             mask = paths.keep(one.double().numpy()[at_hand], between[np.ix_(at_hand, at_hand)], self.knobs)
