@@ -10,8 +10,8 @@ JOINT = f"{OURS}-joint"
 FALSIFIERS = {
     "identity": "no edges: what relations add at all",
     "uniform": "all tasks related alike: whether it matters how strongly",
-    "random": "the edges shuffled: whether it matters which tasks",
-    "oracle": "relations measured on test texts: what better relations could give (not to be had in practice)",
+    "random": "the same graph with its nodes renamed at random: whether it matters which tasks",
+    "oracle": "relations are the transfer that the node adapters were measured to have on training texts",
 }
 
 
