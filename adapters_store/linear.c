@@ -4,13 +4,17 @@
  *
  * A few rows do little with each weight, so weights are read from memory once, in the order in which they lie: a block
  * of 4 of their rows meets all rows of x, up to 6 at a time, whose 24 sums stay in registers, while weights that come
- * soon are fetched. Nothing is laid out anew; bfloat16 is multiplied in the neighbouring pairs in which it lies.
+ * soon are fetched. They are fetched into the second-level cache: fewer lines can be on their way to the first than it
+ * takes to keep memory busy. Nothing is laid out anew; bfloat16 is multiplied in the neighbouring pairs in which it
+ * lies.
  *
  * A sum runs in one order, whatever the other rows and the threads are, so a row's result is the same bit for bit.
  * Sums are float32, rounded once at the end. For processors with AVX-512, bfloat16 where it has dot products of it
  * (AVX512-BF16); elsewhere the functions are missing. Called through ctypes.
  */
 #include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 
@@ -23,11 +27,12 @@
 #define MOST 6    /* rows of x done together at most: 24 sums, 4 weights and x are 29 of 32 registers */
 #define KEPT 4    /* groups of such rows among whom a long d_in is done in pieces */
 #define AHEAD 2   /* pieces until weights that are fetched now are used */
+#define ALIASED 4096 /* bytes: what lies so far apart wants the same lines of the first-level cache */
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8") /* loops over sums: unrolled so early that the sums live in registers */
 
-/* One call. weight: (d_out, d_in), bias: (d_out,) or NULL, x: (rows, d_in), its rows x_row elements apart;
+/* One call. weight: (d_out, d_in), bias: (d_out,) or NULL, x: (rows, d_in), its rows x_row bytes apart;
  * y: (rows, d_out). */
 typedef struct {
     const char *weight, *bias;
@@ -122,7 +127,7 @@ INLINE void finish(const int half, const int n, const int outputs, const tile *a
 
 INLINE void multiply(const int half, const int n, const int outputs, const tile *at) {
     const call *c = at->c;
-    const int64_t size = SIZE(half), w_row = c->d_in * size, x_row = c->x_row * size, lines = at->lines;
+    const int64_t size = SIZE(half), w_row = c->d_in * size, x_row = c->x_row, lines = at->lines;
     const char *w = c->weight + at->o * w_row + at->first * size, *fetch = at->fetch;
     const char *x = c->x + at->row * x_row + at->first * size, *x3 = x + 3 * x_row;
     __m512 sum[MOST][OUTPUTS], weight[OUTPUTS];
@@ -138,7 +143,7 @@ INLINE void multiply(const int half, const int n, const int outputs, const tile 
     }
     int64_t left = at->last - at->first;
     for (; left >= LINE(half); left -= LINE(half), w += 64, x += 64, x3 += 64) {
-        for (int64_t f = 0; f < lines; f++) __builtin_prefetch(fetch + f * w_row);
+        for (int64_t f = 0; f < lines; f++) __builtin_prefetch(fetch + f * w_row, 0, 2);
         fetch += 64;
         STEP(LINE(half))
     }
@@ -165,11 +170,13 @@ INLINE void multiply_block(const int half, const int outputs, const call *c, int
     __m512 sums[KEPT][MOST * OUTPUTS];
     const int64_t d_in = c->d_in, tiles = (c->rows + MOST - 1) / MOST;
     const int64_t pieces = tiles > KEPT ? 1 : (d_in + PIECE(half) - 1) / PIECE(half);
-    const int64_t length = (d_in + pieces * LINE(half) - 1) / (pieces * LINE(half)) * LINE(half);
+    const int64_t steps = (d_in + LINE(half) - 1) / LINE(half);
     for (int64_t piece = 0; piece < pieces; piece++) {
-        int64_t first = piece * length, last = first + length < d_in ? first + length : d_in;
-        int64_t next_o = o + (piece + AHEAD) / pieces * OUTPUTS, next_first = (piece + AHEAD) % pieces * length;
+        int64_t first = piece * steps / pieces * LINE(half), last = (piece + 1) * steps / pieces * LINE(half);
+        int64_t next_o = o + (piece + AHEAD) / pieces * OUTPUTS;
+        int64_t next_first = (piece + AHEAD) % pieces * steps / pieces * LINE(half);
         const char *next = c->weight + (next_o * d_in + next_first) * SIZE(half);
+        if (last > d_in) last = d_in;
         for (int64_t i = 0; i < tiles; i++) {
             int64_t row = i * c->rows / tiles, line = i * OUTPUTS / tiles;
             tile at = {.c = c, .row = row, .o = o, .first = first, .last = last, .sums = sums[i % KEPT],
@@ -179,10 +186,30 @@ INLINE void multiply_block(const int half, const int outputs, const call *c, int
     }
 }
 
+/* x with its rows at a better distance, where they would else all want the same lines of the first-level cache. As it
+ * came if there is no memory for that. */
+static const char *spread(const char *x, int64_t bytes, int64_t rows, int64_t *row) {
+    static _Thread_local char *kept;
+    static _Thread_local int64_t size;
+    const int64_t apart = (bytes + 63) / 64 * 64 + 64;
+    if (rows < 2 || *row % ALIASED) return x;
+    if (rows * apart > size) {
+        free(kept);
+        kept = aligned_alloc(64, (size_t)(rows * apart));
+        size = kept ? rows * apart : 0;
+    }
+    if (!kept) return x;
+    for (int64_t r = 0; r < rows; r++) memcpy(kept + r * apart, x + r * *row, (size_t)bytes);
+    *row = apart;
+    return kept;
+}
+
 #define LINEAR(NAME, HALF)                                                                                           \
     void NAME(const char *weight, const char *bias, int64_t d_in, int64_t d_out, const char *x, int64_t x_row,       \
               int64_t rows, char *y, int64_t num_threads) {                                                          \
-        const call c = {weight, bias, d_in, d_out, x, x_row, rows, y};                                               \
+        int64_t row = x_row * SIZE(HALF);                                                                            \
+        x = spread(x, d_in * SIZE(HALF), rows, &row);                                                                \
+        const call c = {weight, bias, d_in, d_out, x, row, rows, y};                                                 \
         const int64_t whole = d_out / OUTPUTS * OUTPUTS;                                                             \
         _Pragma("omp parallel for schedule(static) num_threads(num_threads) if(num_threads > 1)")                    \
         for (int64_t o = 0; o < whole; o += OUTPUTS) multiply_block(HALF, OUTPUTS, &c, o);                           \
