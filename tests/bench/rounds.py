@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -75,3 +76,32 @@ def write(name: str, lines: list[dict[str, Any]]) -> Path:
     path = RESULTS / f"{name}.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in [{"machine": machine()}, *lines]))
     return path
+
+
+def renew(name: str, lines: list[dict[str, Any]]) -> Path:
+    """Put lines in the place of those of the same settings; each says on what it ran, which may differ from the first.
+
+    A line's setting are its hidden, dtype and requests; other lines stay.
+    """
+    path = RESULTS / f"{name}.jsonl"
+    fresh = {_setting(line) for line in lines}
+    kept = [line for line in map(json.loads, path.read_text().splitlines()) if _setting(line) not in fresh]
+    here = {"commit": _commit(), "processor": _processor()}
+    heads = [line for line in kept if "hidden" not in line]
+    settings = [line for line in kept if "hidden" in line] + [line | here for line in lines]
+    settings.sort(key=lambda line: (line["hidden"], line["dtype"] != "float32", line["requests"]))  # stable
+    path.write_text("".join(json.dumps(line) + "\n" for line in heads + settings))
+    return path
+
+
+def _setting(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    return line.get("hidden"), line.get("dtype"), line.get("requests")
+
+
+def _processor() -> str:
+    """Name, family and model: a name alone may stand for several generations."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", text, re.MULTILINE))
+    name = found.get("model name", platform.machine())
+    return f"{name}, family {found['cpu family']}, model {found['model']}" if "cpu family" in found else name
