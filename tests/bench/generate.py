@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument(
         "--settings",
         default="",
-        help="hidden:dtype:requests, … of those to run; in the file they replace the older ones",
+        help="hidden:dtype:requests, … to run, in place of the file's older ones",
     )
     parser.add_argument(
         "--quick", action="store_true", help="one model, float32, 64 requests, one turn; writes nothing"
