@@ -157,11 +157,13 @@ def main() -> None:
     """Run, show, write after each setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="turns of the fastest variants")
-    parser.add_argument("--only", default="abcde", help="letters of the variants to run; else than all, writes nothing")
+    parser.add_argument(
+        "--only", default="abcde", help="letters of the variants to run; some alone are written only with --settings"
+    )
     parser.add_argument(
         "--settings",
         default="",
-        help="hidden:dtype:requests, … to run, in place of the file's older ones",
+        help="hidden:dtype:requests, … to run, their lines in place of the file's",
     )
     parser.add_argument(
         "--quick", action="store_true", help="one model, float32, 64 requests, one turn; writes nothing"
@@ -170,7 +172,7 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    writes = not options.quick and options.only == "abcde"
+    writes = bool(options.settings) or (not options.quick and options.only == "abcde")
     paths = {"operators": native.status().detail, "attention": native_attention.status().detail}
     lines: list[dict[str, Any]] = []
     with Progress(console=Console(stderr=True)) as progress:

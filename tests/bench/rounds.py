@@ -79,13 +79,11 @@ def write(name: str, lines: list[dict[str, Any]]) -> Path:
 
 
 def renew(name: str, lines: list[dict[str, Any]]) -> Path:
-    """Put lines in the place of those of the same settings; each says on what it ran, which may differ from the first.
-
-    A line's setting are its hidden, dtype and requests; other lines stay.
-    """
+    """Put lines in the place of those of the same setting and variant; each says on what it ran. Other lines stay."""
     path = RESULTS / f"{name}.jsonl"
-    fresh = {_setting(line) for line in lines}
-    kept = [line for line in map(json.loads, path.read_text().splitlines()) if _setting(line) not in fresh]
+    lines = [json.loads(json.dumps(line)) for line in lines]  # as the file has them
+    fresh = {_subject(line) for line in lines}
+    kept = [line for line in map(json.loads, path.read_text().splitlines()) if _subject(line) not in fresh]
     here = {"commit": _commit(), "processor": _processor()}
     heads = [line for line in kept if "hidden" not in line]
     settings = [line for line in kept if "hidden" in line] + [line | here for line in lines]
@@ -94,8 +92,10 @@ def renew(name: str, lines: list[dict[str, Any]]) -> Path:
     return path
 
 
-def _setting(line: Mapping[str, Any]) -> tuple[Any, ...]:
-    return line.get("hidden"), line.get("dtype"), line.get("requests")
+def _subject(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a line is about: its hidden, dtype and requests, and which of the kinds of lines it is."""
+    kinds = (str(line.get(kind)) for kind in ("variant", "equal", "profile"))
+    return line.get("hidden"), line.get("dtype"), line.get("requests"), *kinds
 
 
 def _processor() -> str:
