@@ -21,6 +21,7 @@ from adapters_store.compiled import Status
 
 _SOURCE = Path(__file__).with_name("rms_norm.c")
 _NAMES = {torch.float32: "rms_norm_f32", torch.bfloat16: "rms_norm_bf16"}
+_MIN_WIDTH = 256  # as in few_rows.py: small backbones, whose norms take no time, keep torch's own bits
 _SHARE = 64  # rows that are worth a thread
 
 
@@ -32,13 +33,15 @@ def status() -> Status:
 def serves(module: nn.Module) -> bool:
     """True if the kernel gives what this norm gives, up to the order of a sum; tried on a few rows."""
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if not isinstance(weight, Tensor) or bias is not None or eps_of(module) is None:
+    if not isinstance(weight, Tensor) or weight.ndim != 1 or bias is not None or eps_of(module) is None:
+        return False
+    if weight.shape[0] < _MIN_WIDTH:
         return False
     generator = torch.Generator().manual_seed(0)
     x = 3 * torch.randn(4, weight.shape[0], generator=generator)
     with torch.no_grad():
         x = x.to(weight.dtype) if weight.is_cpu else x
-        if weight.ndim != 1 or not _can(x, weight):
+        if not _can(x, weight):
             return False
         return _agrees(rms_norm(x, weight, eps_of(module) or 0.0), module(x))
 

@@ -95,15 +95,16 @@ def test_a_row_that_is_not_a_number_is_seen_and_stays_alone(dtype: torch.dtype) 
 
 @needs_compiler
 def test_it_serves_norms_that_compute_the_same_and_no_others() -> None:
-    other = GemmaRMSNorm(64)  # adds one to the weight
+    other = GemmaRMSNorm(256)  # adds one to the weight
     other.weight.data.uniform_(0.1, 0.5)
 
     assert rms_norm.status().active, rms_norm.status().detail
-    assert rms_norm.serves(norm_of(64, torch.float32))
-    assert rms_norm.serves(norm_of(64, torch.bfloat16))
+    assert rms_norm.serves(norm_of(256, torch.float32))
+    assert rms_norm.serves(norm_of(256, torch.bfloat16))
     assert not rms_norm.serves(other)
-    assert not rms_norm.serves(nn.LayerNorm(64))
-    assert not rms_norm.serves(norm_of(64, torch.float16))
+    assert not rms_norm.serves(nn.LayerNorm(256))
+    assert not rms_norm.serves(norm_of(256, torch.float16))
+    assert not rms_norm.serves(norm_of(64, torch.float32))  # too short to matter
 
 
 class Block(nn.Module):
@@ -111,17 +112,17 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.same, self.other = norm_of(64, torch.float32), GemmaRMSNorm(64).requires_grad_(False)
+        self.same, self.other = norm_of(256, torch.float32), GemmaRMSNorm(256).requires_grad_(False)
         self.other.weight.data.uniform_(0.1, 0.5)
 
 
 @needs_compiler
 def test_attached_norms_go_through_it_and_gradients_stay_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    block, x, calls = Block(), torch.randn(1, 5, 64), []
+    block, x, calls = Block(), torch.randn(1, 5, 256), []
     expected = [block.same(x), block.other(x)]
     kernel = rms_norm.rms_norm
     monkeypatch.setattr(rms_norm, "rms_norm", lambda *given: calls.append(given) or kernel(*given))  # type: ignore[func-returns-value]
-    sites = Sites(block, 64)
+    sites = Sites(block, 256)
     calls.clear()
 
     found = [block.same(hidden_states=x), block.other(x), block.same(x.mT.contiguous().mT)]
