@@ -39,7 +39,7 @@ from training.suite.workbench import Setting, Texts, Workbench
 from training.tail import Tail
 from training.tasks import Task
 
-SOURCES, TARGETS, LABELS, WIDTH = 8, 8, 6, 48
+SOURCES, TARGETS, LABELS, WIDTH = 8, 8, 6, 32
 COMMUNITY = np.arange(SOURCES) // 4
 KNOBS = Knobs(c=0.3, epsilon=0.0, threshold=0.0, diffusion="ppr")
 RECIPE = Recipe(epochs=12, batch_size=20, clip=1e9)
