@@ -2,9 +2,9 @@
 
 K = 8 sources in two communities: DW_k = shared part of its community + its own part, dense, at every linear layer. A
 target's teacher is the backbone with sum_k alpha*_k DW_k, a mixture of 2 or 3 sources of one community; its labels are
-what the teacher says of random texts. From N labelled examples per target, looking ahead from the even mixture gives the target's
-relations, the sources' weights the relations between them, and evidence learned under that prior the weights alpha.
-AWP = 1 - 1/2 sum_k |alpha_k - alpha*_k|, averaged over targets, layers as one.
+what the teacher says of random texts. From N labelled examples per target, looking ahead from the even mixture gives
+the target's relations to the sources, their weights the relations between them, and evidence learned under that prior
+gives alpha. AWP = 1 - 1/2 sum_k |alpha_k - alpha*_k|, averaged over targets, layers as one.
 
 Run: python -m tests.bench.synthetic [--examples 200] [--seeds 0,1,2]
 """
