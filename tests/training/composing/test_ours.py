@@ -10,7 +10,7 @@ from adapters_store import composition
 from adapters_store.graph import Knobs
 from tests.strategies import light
 from training.composing import unknown
-from training.composing.compose import learn
+from training.composing.compose import Learning, learn
 from training.composing.cotrain import Settings, cotrain
 from training.composing.mass import norm_preserving
 from training.composing.pluggable import Choices, compose, prior_rows, tied_head, weights_of
@@ -82,7 +82,7 @@ def test_heads_are_means_of_related_ones(tiny_bench: Workbench, nodes: Nodes) ->
 def test_composing_answers_every_task(tiny_bench: Workbench, nodes: Nodes) -> None:
     found = compose(tiny_bench, nodes, relating.estimate(relating.of_data(tiny_bench)))
     assert found.weights.shape == (3, 3, 2)
-    assert (found.weights[0, 1, 1] > 0)
+    assert found.weights[0, 1, 1] > 0
     assert (found.weights[:2].sum(dim=1)[:, 1] > 1).all()
     pooled = pooled_under(tiny_bench, nodes, found.weights, tiny_bench.train)
     assert np.mean(accuracies(found.heads, pooled, tiny_bench.train)) > 0.6
@@ -108,15 +108,14 @@ def test_cotraining_without_relations_shares_nothing(tiny_bench: Workbench) -> N
 
 
 def test_evidence_grows_for_the_adapter_that_helps(tiny_bench: Workbench, nodes: Nodes) -> None:
-    """Given the books' adapter and one of noise, the books' task learns to prefer its own."""
+    """Given the books' adapter and one of noise, the books' task learns to prefer its own where adapters act."""
     books = tiny_bench.only([0])
-    noise = [(weight, bias) for weight, bias in nodes.heads[:1]]
-    heads = Heads.given(books.tasks, noise, trained=False)
+    heads = Heads.given(books.tasks, nodes.heads[:1], trained=False)
     wrong = Nodes([nodes.adapters[0], _noisy(nodes.adapters[1])], nodes.heads[:1])
     before = [tensor.clone() for entry in wrong.adapters[0].entries for tensor in entry.tensors.values()]
-    Pi = torch.tensor([[0.5, 0.5]])
-    found = learn(books, wrong.adapters, heads, Pi, None, Recipe(epochs=10, batch_size=6))
-    assert found.weights[0, 0, 1] > 0.6
+    Pi = torch.tensor([[0.8, 0.2]])
+    found = learn(books, wrong.adapters, heads, Pi, None, Recipe(epochs=20, batch_size=6), learning=Learning(lr=0.2))
+    assert found.weights[0, 0, 1] > 0.85
     after = [tensor for entry in wrong.adapters[0].entries for tensor in entry.tensors.values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     torch.testing.assert_close(found.allocation.weights(Pi), found.weights)
@@ -128,7 +127,9 @@ def _noisy(adapter):
     torch.manual_seed(0)
     return replace(
         adapter,
-        entries=[replace(e, tensors={n: torch.randn(t.shape) for n, t in e.tensors.items()}) for e in adapter.entries],
+        entries=[
+            replace(e, tensors={n: torch.randn(t.shape) * 0.3 for n, t in e.tensors.items()}) for e in adapter.entries
+        ],
     )
 
 
