@@ -11,7 +11,7 @@ from training.cli import app
 from training.config import FitConfig
 from training.fit import fit
 
-COMMANDS = ["fit", "publish", "relate", "score", "evaluate", "report", "demo", "styles"]
+COMMANDS = ["fit", "publish", "relate", "compose", "cotrain", "score", "evaluate", "report", "demo", "styles"]
 
 
 def run(*arguments: str) -> Result:
@@ -30,10 +30,11 @@ def test_help_has_an_example_and_says_what_every_flag_does(command: str) -> None
 
 def test_every_setting_has_a_description() -> None:
     from training import config as c
+    from training.composing import settings as k
     from training.suite import settings as s
 
     commands = [c.FitConfig, c.RelateConfig, c.PublishConfig, c.ScoreConfig, c.DemoConfig, c.StylesConfig]
-    for model in [*commands, s.EvaluateConfig, s.ReportConfig]:
+    for model in [*commands, k.ComposeConfig, k.CotrainConfig, s.EvaluateConfig, s.ReportConfig]:
         for field, info in model.model_fields.items():
             assert info.description, f"{model.__name__}.{field}"
 
