@@ -17,8 +17,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
     help="Train task adapters on one frozen backbone, find out how they help each other, and publish them.\n\n"
-    "The usual way: fit, then publish, relate, score; for the best answers fit, compose, or cotrain alone. Every command takes its settings from flags, from a file "
-    "(--config), or both.",
+    "The usual way: fit, then publish, relate, score; or fit, then compose; or cotrain alone. Every command takes its "
+    "settings from flags, from a file (--config), or both.",
 )
 
 Resume = Annotated[

@@ -4,6 +4,7 @@ The path: run -> relations -> weights and heads -> versions, graph and aliases i
 in the run's folder. The adapters stay as they are; a version of each has the head that answers under the composition.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from adapters_store.adapter import Adapter
 from adapters_store.graph import Knobs
-from adapters_store.manifest import GoldenExample, Manifest
+from adapters_store.manifest import Manifest
 from adapters_store.primitives.head import Head
 from training import export
-from training.backbone import LoadedBackbone, load
+from training.backbone import load
 from training.composing import benches, publish
 from training.composing.allocation import Allocation
 from training.composing.benches import Trained
@@ -30,14 +31,13 @@ from training.relations import Matrix
 from training.run import Run, versions
 from training.suite import relating
 from training.suite.modules import one_hot, resident
-from training.tasks import Task
 
 ACTOR = "espalier-train compose"
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What was published. weights: (T, K, num_layers) as the server composes them; accuracy: on dev texts, by task."""
+    """What was published. weights: (T, K, num_layers) under which heads were fitted; accuracy: on dev texts, by task."""
 
     tasks: list[str]
     version: int
@@ -79,13 +79,12 @@ def _published(
 ) -> Outcome:  # fmt: skip
     bench, heads = trained.bench, _heads(trained, found)
     provenance = _provenance(config, knobs)
-    document = lambda references: _document(trained, relations, found, knobs, references, provenance)  # noqa: E731
-    weights = publish.weights_of(document({}), bench.names, bench.num_layers)
-    accuracy, alone = _accuracies(trained, found, weights)
+    document = functools.partial(_document, trained, relations, found, knobs, provenance)
+    accuracy, alone = _accuracies(trained, found)
     judged = {name: {"dev_accuracy_composed": accuracy[name], "dev_accuracy_apart": alone[name]} for name in accuracy}
     new = _versions(config, trained, heads, judged, provenance)
     version, references = publish.publish(config, new, document, ACTOR)
-    return Outcome(bench.names, version, references, weights, heads, accuracy, alone)
+    return Outcome(bench.names, version, references, found.weights, heads, accuracy, alone)
 
 
 def _heads(trained: Trained, found: Composed) -> list[Head]:
@@ -107,8 +106,8 @@ def _provenance(config: ComposeConfig, knobs: Knobs) -> dict[str, Any]:
 
 
 def _document(
-    trained: Trained, relations: Matrix, found: Composed, knobs: Knobs, references: Mapping[str, str],
-    provenance: Mapping[str, Any],
+    trained: Trained, relations: Matrix, found: Composed, knobs: Knobs, provenance: Mapping[str, Any],
+    references: Mapping[str, str],
 ) -> publish.Document:  # fmt: skip
     """Edges are R0, mass is what the weights sum to; no evidence."""
     bench = trained.bench
@@ -120,11 +119,11 @@ def _document(
     return publish.described(document, bench.tasks)
 
 
-def _accuracies(trained: Trained, found: Composed, weights: Tensor) -> tuple[dict[str, float], dict[str, float]]:
+def _accuracies(trained: Trained, found: Composed) -> tuple[dict[str, float], dict[str, float]]:
     """On dev texts: as composed, and of each adapter alone under its own head."""
     bench, nodes = trained.bench, trained.nodes
     with resident(bench.tail, [adapter.entries for adapter in nodes.adapters]):
-        composed = publish.dev_accuracies(bench, found.heads, weights)
+        composed = publish.dev_accuracies(bench, found.heads, found.weights)
         alone = publish.dev_accuracies(bench, nodes.heads, one_hot(len(bench.tasks), bench.num_layers))
     if composed:
         say(f"dev accuracy {publish.mean(composed):.3f} composed, {publish.mean(alone):.3f} apart")
@@ -146,15 +145,11 @@ def _versions(
             changes = {
                 "metrics": dict(manifest.metrics) | dict(judged.get(task.name, {})),
                 "provenance": dict(manifest.provenance) | {"composed": dict(provenance)},
-                "golden": tuple(_golden(backbone, adapter, task)),
+                "golden": tuple(export.golden(backbone, adapter, task)),
             }
             new.append((manifest.model_copy(update=changes), adapter))
             shown.advance(note=task.name)
     return new
-
-
-def _golden(backbone: LoadedBackbone, adapter: Adapter, task: Task) -> list[GoldenExample]:
-    return export.golden(backbone, adapter, task)
 
 
 def _report(config: ComposeConfig, outcome: Outcome, relations: Matrix, knobs: Knobs) -> dict[str, Any]:

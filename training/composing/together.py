@@ -4,6 +4,7 @@ The path: read_tasks -> relations -> cotrain -> run folder as fit leaves it -> v
 (publish.py). Nothing is written before training is done.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,11 +43,13 @@ class Outcome:
     """What was published. weights: (T, K, num_layers) as the server composes them; accuracy: on dev texts, by task."""
 
     run: Run
+    tasks: list[str]
     version: int
     references: list[str]
     weights: Tensor
     heads: list[Head]
     accuracy: dict[str, float]
+    found: CoTrained
 
 
 def cotrain(config: CotrainConfig) -> Outcome:
@@ -103,7 +106,7 @@ def _relations(bench: Workbench, config: CotrainConfig) -> Matrix:
 
 def _finish(config: CotrainConfig, run: Run, bench: Workbench, found: CoTrained) -> Outcome:
     """Weights as they will be served, dev accuracy by them, the run's folder, the store."""
-    document = lambda references: _document(config, bench, found, references)  # noqa: E731
+    document = functools.partial(_document, config, bench, found)
     weights = publish.weights_of(document({}), bench.names, bench.num_layers)
     with found.modules.resident(frozen=True):
         accuracy = publish.dev_accuracies(bench, found.heads, weights)
@@ -119,7 +122,7 @@ def _finish(config: CotrainConfig, run: Run, bench: Workbench, found: CoTrained)
     version, references = publish.publish(config, new, document, ACTOR)
     run.write("relations.json", _report(bench, found, weights, version))
     run.write("summary.json", _summary(config, found, new, accuracy, version))
-    return Outcome(run, version, references, weights, heads, accuracy)
+    return Outcome(run, bench.names, version, references, weights, heads, accuracy, found)
 
 
 def _document(
@@ -194,7 +197,7 @@ def _summary(
     config: CotrainConfig, found: CoTrained, new: list[tuple[Manifest, Adapter]], accuracy: Mapping[str, float],
     version: int,
 ) -> dict[str, Any]:  # fmt: skip
-    parameters = sum(tensor.numel() for tensor in found.modules.parameters[0].values() for tensor in tensor.values())
+    parameters = sum(tensor.numel() for site in found.modules.parameters[0].values() for tensor in site.values())
     tasks = {
         manifest.name: dict(manifest.metrics)
         | {"parameters": parameters + sum(t.numel() for t in (adapter.head.tensors.values() if adapter.head else ()))}
