@@ -1,4 +1,4 @@
-"""compose and cotrain, the whole way: what the trainer answers by what it published, a server answers too, text by text."""
+"""compose and cotrain, the whole way: what the trainer answers, a server on what it published answers, text by text."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -134,7 +134,7 @@ def test_what_trained_together_is_served_as_it_was_trained(
     outcome = cotrain(cotrain_config(kind=kind, knob={"threshold": 0.05}))
 
     torch.testing.assert_close(outcome.found.weights, outcome.weights, atol=1e-5, rtol=1e-5)
-    assert float(outcome.found.learned.evidence.abs().max()) > 1e-3
+    assert float(outcome.found.learned.evidence.detach().abs().max()) > 1e-3
     check(outcome, adapters_of(outcome.run, outcome.tasks), backbone, tmp_path / "store", data_folder)
 
 
@@ -186,7 +186,7 @@ def test_a_new_version_has_the_same_adapter_and_says_what_was_done(fit_config: M
     graph = RelationGraph.from_json(document)
     assert graph.node("books").adapter == "books@2"
     assert graph.knobs.c == 0.95
-    assert set(graph.attributes.mass) == {"books", "films", "intent"}
+    assert {"books", "films"} <= set(graph.attributes.mass)  # intent is related to neither: mass 1
     report = json.loads((run.folder / "composed.json").read_text())
     assert report["graph_version"] == version
     assert report["adapters"] == ["books@2", "films@2", "intent@2"]

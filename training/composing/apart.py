@@ -37,7 +37,7 @@ ACTOR = "espalier-train compose"
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What was published. weights: (T, K, num_layers) under which heads were fitted; accuracy: on dev texts, by task."""
+    """What was published. weights: (T, K, num_layers) that heads were fitted under; accuracy: on dev texts, by task."""
 
     tasks: list[str]
     version: int
