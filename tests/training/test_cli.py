@@ -213,7 +213,7 @@ def test_settings_that_compose_and_cotrain_cannot_use_are_usage_errors(
     for arguments, said in (
         (["compose", "--run", str(tmp_path), "--set", "depth=1"], "unknown knob 'depth'"),
         (["compose", "--run", str(tmp_path), "--set", "c=1"], "knob 'c': "),
-        (["compose", "--run", str(tmp_path), "--relations", "stars"], "setting 'relations': "),
+        (["compose", "--run", str(tmp_path), "--relations", "stars"], "'stars' is not one of 'data'"),
         ([*together, "--loss", "beauty=1"], "unknown loss 'beauty'"),
         ([*together, "--loss", "prior=-1"], "loss 'prior': "),
         ([*together, "--knob", "depth=1"], "unknown knob 'depth'"),

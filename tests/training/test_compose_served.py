@@ -211,7 +211,8 @@ def test_a_co_trained_run_is_a_run_that_can_be_published_again(
     run = cotrain(config).run
 
     summary = run.summary()
-    assert summary["graph_version"] == 1
+    assert json.loads((run.folder / "relations.json").read_text())["graph_version"] == 1
+    assert RelationGraph.from_json(json.loads((run.folder / "graph.json").read_text())).tasks == list(summary["tasks"])
     assert 0 <= summary["mean_dev_accuracy"] <= 1
     assert len(run.metrics()) == 6
     assert (run.folder / "learning_curve.png").is_file()

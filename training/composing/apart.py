@@ -16,6 +16,7 @@ from adapters_store.adapter import Adapter
 from adapters_store.graph import Knobs
 from adapters_store.manifest import Manifest
 from adapters_store.primitives.head import Head
+from adapters_store.references import check_alias
 from training import export
 from training.backbone import load
 from training.composing import benches, publish
@@ -53,6 +54,8 @@ def compose(config: ComposeConfig) -> Outcome:
     if config.threads:
         torch.set_num_threads(config.threads)
     knobs = validate(Knobs, knobs_of(USUAL).model_dump() | config.knobs, "knob")
+    if config.alias:
+        check_alias(config.alias)
     run = Run(config.run)
     trained = benches.of_run(run, config)
     relations = _relations(trained, config)

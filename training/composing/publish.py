@@ -25,6 +25,7 @@ from training.suite.modules import mixes
 from training.suite.workbench import Workbench
 from training.tasks import Task
 
+SERVED = 64  # adapters for one row that a server composes unless it is told otherwise
 Document = dict[str, Any]
 DocumentOf = Callable[[Mapping[str, str]], Document]  # task -> reference of its new version
 
@@ -40,6 +41,7 @@ def publish(
             published.append(_version(store, manifest, adapter, config.actor))
             shown.advance(note=published[-1].reference)
     document = document_of({one.name: one.reference for one in published})
+    _tell_width(document)
     version = store.publish_graph(document, config.alias, config.actor or actor)
     for one in published if config.alias else ():
         store.set_alias(one.name, str(config.alias), one.version, config.actor)
@@ -47,6 +49,17 @@ def publish(
     alias = f" as @{config.alias}" if config.alias else ""
     say(f"published into {config.store}: {', '.join(references)}{alias}, composed by graph version {version}")
     return version, references
+
+
+def _tell_width(document: Document) -> None:
+    """A server refuses rows of more adapters than it was started for."""
+    graph = RelationGraph.from_json(document)
+    rows = Prior(graph).row
+    widest = max((len(rows(task)) for task in graph.nodes), default=0)
+    if graph.knobs.top_k is None and widest > SERVED:
+        say(
+            f"up to {widest} adapters for one row: serve with --max-adapters {widest}, or set the knob top_k or epsilon"
+        )
 
 
 def _version(store: AdapterStore, manifest: Manifest, adapter: Adapter, actor: str) -> Manifest:
