@@ -1,6 +1,5 @@
 """compose and cotrain, the whole way: what the trainer answers, a server on what it published answers, text by text."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,25 +10,23 @@ from starlette.testclient import TestClient
 from torch import Tensor
 
 from adapters_store.adapter import Adapter
-from adapters_store.graph import RelationGraph
+from adapters_store.encoder import Encoder
 from adapters_store.mixing import Mix
 from adapters_store.primitives.head import Head
-from adapters_store.store import AdapterStore
 from server.app import make_app
 from server.service import Service
 from tests.server.tools import settings_for
 from training import export
 from training.backbone import LoadedBackbone, load
+from training.composing import benches
 from training.composing.apart import compose
 from training.composing.settings import ComposeConfig, CotrainConfig
 from training.composing.together import cotrain
-from training.config import FitConfig, PublishConfig, RelateConfig, ScoreConfig
+from training.config import FitConfig, ScoreConfig
 from training.demo import DATA
-from training.errors import ConfigError, DataError, RunError
+from training.examples import labelled
 from training.fit import fit
 from training.objectives import Labels
-from training.publish import publish
-from training.relate import relate
 from training.run import Run
 from training.score import score
 from training.suite.modules import mixes
@@ -38,20 +35,6 @@ from training.tasks import Task, read_tasks
 
 MakeConfig = Callable[..., FitConfig]
 ALONE = ("lora", "ssf", "norm", "bottleneck", "head")
-
-
-@pytest.fixture
-def cotrain_config(bert_folder: Path, data_folder: Path, tmp_path: Path) -> Callable[..., CotrainConfig]:
-    """Makes settings of a short co-training on the tiny backbone; keywords change them."""
-
-    def make(**changes: object) -> CotrainConfig:
-        usual: dict[str, object] = {
-            "data": data_folder, "backbone": str(bert_folder), "runs": tmp_path / "runs", "run": "together",
-            "store": tmp_path / "store", "epochs": 2, "batch_size": 16, "lr": 1e-2, "threads": 1, "token_budget": 256,
-        }  # fmt: skip
-        return CotrainConfig.model_validate(usual | changes)
-
-    return make
 
 
 def answers(
@@ -64,7 +47,7 @@ def answers(
         encoder.sites.put(k, adapters[k].entries)
     for task, head, mix in zip(tasks, heads, mixes(weights), strict=True):
         mixed: Mix | None = mix if filled else None
-        logits = Labels(backbone, head).logits(encoder, mixed, [example.text for example in task.test])
+        logits = Labels(backbone, head).logits(encoder, mixed, [example.text for example in labelled(task.test)])
         found[task.name] = [task.labels[i] for i in logits.argmax(dim=-1).tolist()]
     for k in filled:
         encoder.sites.drop(k)
@@ -74,8 +57,9 @@ def answers(
 def asked(client: TestClient, task: Task) -> list[str]:
     """The server's labels of a task's test texts in mode prior."""
     labels: list[str] = []
-    for start in range(0, len(task.test), 64):
-        inputs = [{"text": example.text, "task": task.name} for example in task.test[start : start + 64]]
+    texts = [example.text for example in labelled(task.test)]
+    for start in range(0, len(texts), 64):
+        inputs = [{"text": text, "task": task.name} for text in texts[start : start + 64]]
         reply = client.post("/v1/infer", json={"inputs": inputs, "options": {"mode": "prior"}})
         assert reply.status_code == 200, reply.text
         labels += [output["label"] for output in reply.json()["outputs"]]
@@ -105,7 +89,7 @@ def check(outcome: Any, adapters: Sequence[Adapter], backbone: LoadedBackbone, s
         for task in tasks:
             given = asked(client, task)
             assert given == expected[task.name]
-            right = [label == example.label for label, example in zip(given, task.test, strict=True)]  # type: ignore[union-attr]
+            right = [label == example.label for label, example in zip(given, labelled(task.test), strict=True)]
             assert sum(right) / len(right) == pytest.approx(scored[task.name])
 
 
@@ -156,95 +140,21 @@ def test_adapters_of_upper_layers_are_composed_on_the_tail_alone(
     fit_config: MakeConfig, backbone: LoadedBackbone, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     modules = [f"layer.1.attention.self.{name}" for name in ("query", "value")]
-    run, firsts = fit(fit_config(hyperparameters={"target_modules": modules}, pooling="cls")), []
-    made = Tail.__init__
-    monkeypatch.setattr(Tail, "__init__", lambda *given: (firsts.append(given[2]), made(*given))[1])
+    run = fit(fit_config(hyperparameters={"target_modules": modules}, pooling="cls"))
+    firsts: list[int] = []
+
+    class Noted(Tail):
+        def __init__(self, encoder: Encoder, first: int) -> None:
+            firsts.append(first)
+            super().__init__(encoder, first)
+
+    monkeypatch.setattr(benches, "Tail", Noted)
 
     outcome = compose(ComposeConfig(run=run.folder, store=tmp_path / "store"))
 
     assert firsts == [1]
     assert outcome.heads[0].spec.pooling == "cls"
     check(outcome, adapters_of(run, outcome.tasks), backbone, tmp_path / "store", data_folder)
-
-
-def test_a_new_version_has_the_same_adapter_and_says_what_was_done(fit_config: MakeConfig, tmp_path: Path) -> None:
-    run, root = fit(fit_config()), tmp_path / "store"
-    publish(PublishConfig(run=run.folder, store=root))
-
-    compose(ComposeConfig(run=run.folder, store=root, own_head=0.5, actor="me"))
-
-    store = AdapterStore(root)
-    assert store.aliases("books") == {"prod": 2}
-    before, after = store.resolve("books@1"), store.resolve("books@prod")
-    for one, other in zip(store.load(before).entries, store.load(after).entries, strict=True):
-        assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
-    assert [one.logits for one in before.golden] != [one.logits for one in after.golden]
-    assert after.provenance["composed"]["own_head"] == 0.5
-    assert after.provenance["actor"] == "me"
-    assert 0 <= after.metrics["dev_accuracy_composed"] <= 1
-    version, document = store.graph()
-    graph = RelationGraph.from_json(document)
-    assert graph.node("books").adapter == "books@2"
-    assert graph.knobs.c == 0.95
-    assert {"books", "films"} <= set(graph.attributes.mass)  # intent is related to neither: mass 1
-    report = json.loads((run.folder / "composed.json").read_text())
-    assert report["graph_version"] == version
-    assert report["adapters"] == ["books@2", "films@2", "intent@2"]
-
-
-def test_relations_may_come_from_the_store(fit_config: MakeConfig, tmp_path: Path) -> None:
-    run, store = fit(fit_config()), tmp_path / "store"
-    publish(PublishConfig(run=run.folder, store=store))
-    relate(RelateConfig(run=run.folder, store=store, views=("labels",)))
-
-    compose(ComposeConfig(run=run.folder, store=store, relations="store"))
-
-    graphs = [RelationGraph.from_json(AdapterStore(store).graph(version)[1]) for version in (1, 2)]
-    before, after = ({(a, b): w for a, b, w in one.network.edges(data="weight") if w > 0} for one in graphs)
-    assert after == before
-
-
-def test_a_co_trained_run_is_a_run_that_can_be_published_again(
-    cotrain_config: Callable[..., CotrainConfig], tmp_path: Path
-) -> None:
-    config = cotrain_config()
-    run = cotrain(config).run
-
-    summary = run.summary()
-    assert json.loads((run.folder / "relations.json").read_text())["graph_version"] == 1
-    assert RelationGraph.from_json(json.loads((run.folder / "graph.json").read_text())).tasks == list(summary["tasks"])
-    assert 0 <= summary["mean_dev_accuracy"] <= 1
-    assert len(run.metrics()) == 6
-    assert (run.folder / "learning_curve.png").is_file()
-    assert publish(PublishConfig(run=run.folder, store=tmp_path / "other")) == ["books@1", "films@1", "intent@1"]
-    with pytest.raises(RunError, match="holds a run already"):
-        cotrain(config)
-    with pytest.raises(RunError, match="is a run of cotrain"):
-        relate(RelateConfig(run=run.folder, store=tmp_path / "store"))
-
-
-def test_the_same_seed_trains_the_same_adapters(cotrain_config: Callable[..., CotrainConfig], tmp_path: Path) -> None:
-    runs = [cotrain(cotrain_config(run=name, store=tmp_path / name, epochs=1)).run for name in ("one", "two")]
-    blobs = [(run.adapters / "films" / "tensors.safetensors").read_bytes() for run in runs]
-    assert blobs[0] == blobs[1]
-
-
-def test_what_cannot_be_composed_is_refused(
-    fit_config: MakeConfig, cotrain_config: Callable[..., CotrainConfig], generate_config: MakeConfig,
-    pairs_folder: Path, tmp_path: Path,
-) -> None:  # fmt: skip
-    run = fit(fit_config(epochs=1)).folder
-    with pytest.raises(ConfigError, match="unknown knob 'depth'"):
-        compose(ComposeConfig(run=run, store=tmp_path / "store", knobs={"depth": 1}))
-    with pytest.raises(ConfigError, match="unknown loss 'beauty'"):
-        cotrain(cotrain_config(loss={"beauty": 1.0}))
-    with pytest.raises(ConfigError, match="nothing to compose"):
-        cotrain(cotrain_config(kind="head"))
-    with pytest.raises(DataError, match="generates"):
-        cotrain(cotrain_config(data=pairs_folder))
-    with pytest.raises(DataError, match="generates; compose is for tasks that classify"):
-        compose(ComposeConfig(run=fit(generate_config(run="texts", epochs=1)).folder, store=tmp_path / "store"))
-    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.data

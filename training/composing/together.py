@@ -1,6 +1,6 @@
 """cotrain: adapters, evidence, relations and heads trained together under the prior (cotrain.py), into run and store.
 
-The path: read_tasks -> relations -> cotrain -> run folder as fit leaves it (cotrained.py) -> versions, graph and aliases
+The path: read_tasks -> relations -> cotrain -> run folder as fit leaves it (cotrained.py) -> versions, graph, aliases
 in the store (publish.py). Nothing is written before training is done; a run that could not be published is whole.
 """
 
