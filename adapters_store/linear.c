@@ -4,13 +4,17 @@
  *
  * A few rows do little with each weight, so weights are read from memory once, in the order in which they lie: a block
  * of 4 of their rows meets all rows of x, up to 6 at a time, whose 24 sums stay in registers, while weights that come
- * soon are fetched. Nothing is laid out anew; bfloat16 is multiplied in the neighbouring pairs in which it lies.
+ * soon are fetched. They are fetched into the second-level cache: fewer lines can be on their way to the first than it
+ * takes to keep memory busy. Nothing is laid out anew; bfloat16 is multiplied in the neighbouring pairs in which it
+ * lies.
  *
  * A sum runs in one order, whatever the other rows and the threads are, so a row's result is the same bit for bit.
  * Sums are float32, rounded once at the end. For processors with AVX-512, bfloat16 where it has dot products of it
  * (AVX512-BF16); elsewhere the functions are missing. Called through ctypes.
  */
 #include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 
@@ -21,13 +25,13 @@
 #endif
 #define OUTPUTS 4 /* rows of W done together */
 #define MOST 6    /* rows of x done together at most: 24 sums, 4 weights and x are 29 of 32 registers */
-#define KEPT 4    /* groups of such rows among whom a long d_in is done in pieces */
-#define AHEAD 2   /* pieces until weights that are fetched now are used */
+#define AHEAD 2   /* blocks until weights that are fetched now are used */
+#define ALIASED 4096 /* bytes: what lies so far apart wants the same lines of the first-level cache */
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8") /* loops over sums: unrolled so early that the sums live in registers */
 
-/* One call. weight: (d_out, d_in), bias: (d_out,) or NULL, x: (rows, d_in), its rows x_row elements apart;
+/* One call. weight: (d_out, d_in), bias: (d_out,) or NULL, x: (rows, d_in), its rows x_row bytes apart;
  * y: (rows, d_out). */
 typedef struct {
     const char *weight, *bias;
@@ -41,7 +45,6 @@ typedef struct {
 
 #define SIZE(half) ((half) ? 2 : 4)
 #define LINE(half) ((half) ? 32 : 16)  /* elements of a register */
-#define PIECE(half) (16 * LINE(half))  /* elements of d_in: what meets of x and W stays in the first-level cache */
 
 /* The first `count` elements, zeros behind them. */
 INLINE __m512 load_some(const int half, const char *from, int64_t count) {
@@ -90,11 +93,10 @@ INLINE void store_outputs(const int half, char *to, __mmask8 mask, __m128 sums) 
 /* Keeps a number in a register: the compiler would else read it anew for each of its products. */
 #define HOLD(x) __asm__("" : "+v"(x))
 
-/* Some rows of x from `row` on and outputs from `o` on meet along the elements first..last of d_in. */
+/* Some rows of x from `row` on meet outputs from `o` on. */
 typedef struct {
     const call *c;
-    int64_t row, o, first, last;
-    __m512 *sums;      /* where they lie between pieces of d_in */
+    int64_t row, o;
     const char *fetch; /* weights to fetch meanwhile: `lines` rows of W, as far on as this tile works */
     int64_t lines;
 } tile;
@@ -122,13 +124,12 @@ INLINE void finish(const int half, const int n, const int outputs, const tile *a
 
 INLINE void multiply(const int half, const int n, const int outputs, const tile *at) {
     const call *c = at->c;
-    const int64_t size = SIZE(half), w_row = c->d_in * size, x_row = c->x_row * size, lines = at->lines;
-    const char *w = c->weight + at->o * w_row + at->first * size, *fetch = at->fetch;
-    const char *x = c->x + at->row * x_row + at->first * size, *x3 = x + 3 * x_row;
+    const int64_t w_row = c->d_in * SIZE(half), x_row = c->x_row, lines = at->lines;
+    const char *w = c->weight + at->o * w_row, *fetch = at->fetch;
+    const char *x = c->x + at->row * x_row, *x3 = x + 3 * x_row;
     __m512 sum[MOST][OUTPUTS], weight[OUTPUTS];
     UNROLL for (int t = 0; t < n; t++)
-        UNROLL for (int j = 0; j < outputs; j++)
-            sum[t][j] = at->first ? at->sums[t * OUTPUTS + j] : _mm512_setzero_ps();
+        UNROLL for (int j = 0; j < outputs; j++) sum[t][j] = _mm512_setzero_ps();
 #define STEP(count)                                                                                                  \
     UNROLL for (int j = 0; j < outputs; j++) weight[j] = load(half, w + j * w_row, count);                           \
     UNROLL for (int t = 0; t < n; t++) {                                                                             \
@@ -136,9 +137,9 @@ INLINE void multiply(const int half, const int n, const int outputs, const tile 
         HOLD(line);                                                                                                  \
         UNROLL for (int j = 0; j < outputs; j++) sum[t][j] = add_product(half, sum[t][j], line, weight[j]);          \
     }
-    int64_t left = at->last - at->first;
+    int64_t left = c->d_in;
     for (; left >= LINE(half); left -= LINE(half), w += 64, x += 64, x3 += 64) {
-        for (int64_t f = 0; f < lines; f++) __builtin_prefetch(fetch + f * w_row);
+        for (int64_t f = 0; f < lines; f++) __builtin_prefetch(fetch + f * w_row, 0, 2);
         fetch += 64;
         STEP(LINE(half))
     }
@@ -146,9 +147,7 @@ INLINE void multiply(const int half, const int n, const int outputs, const tile 
         STEP(left)
     }
 #undef STEP
-    if (at->last == c->d_in) finish(half, n, outputs, at, sum);
-    else UNROLL for (int t = 0; t < n; t++)
-        UNROLL for (int j = 0; j < outputs; j++) at->sums[t * OUTPUTS + j] = sum[t][j];
+    finish(half, n, outputs, at, sum);
 }
 
 INLINE void multiply_rows(const int half, const int outputs, int64_t n, const tile *at) {
@@ -160,29 +159,42 @@ INLINE void multiply_rows(const int half, const int outputs, int64_t n, const ti
     else multiply(half, 1, outputs, at);
 }
 
-/* All rows, for a block's outputs. The lines of a piece that comes soon are fetched in equal parts meanwhile. */
+/* All rows, for a block's outputs. The lines of a block that comes soon are fetched in equal parts meanwhile. */
 INLINE void multiply_block(const int half, const int outputs, const call *c, int64_t o) {
-    __m512 sums[KEPT][MOST * OUTPUTS];
-    const int64_t d_in = c->d_in, tiles = (c->rows + MOST - 1) / MOST;
-    const int64_t pieces = tiles > KEPT ? 1 : (d_in + PIECE(half) - 1) / PIECE(half);
-    const int64_t length = (d_in + pieces * LINE(half) - 1) / (pieces * LINE(half)) * LINE(half);
-    for (int64_t piece = 0; piece < pieces; piece++) {
-        int64_t first = piece * length, last = first + length < d_in ? first + length : d_in;
-        int64_t next_o = o + (piece + AHEAD) / pieces * OUTPUTS, next_first = (piece + AHEAD) % pieces * length;
-        const char *next = c->weight + (next_o * d_in + next_first) * SIZE(half);
-        for (int64_t i = 0; i < tiles; i++) {
-            int64_t row = i * c->rows / tiles, line = i * OUTPUTS / tiles;
-            tile at = {.c = c, .row = row, .o = o, .first = first, .last = last, .sums = sums[i % KEPT],
-                       .fetch = next + line * d_in * SIZE(half), .lines = (i + 1) * OUTPUTS / tiles - line};
-            multiply_rows(half, outputs, (i + 1) * c->rows / tiles - row, &at);
-        }
+    const int64_t tiles = (c->rows + MOST - 1) / MOST, w_row = c->d_in * SIZE(half);
+    const char *next = c->weight + (o + AHEAD * OUTPUTS) * w_row;
+    for (int64_t i = 0; i < tiles; i++) {
+        int64_t row = i * c->rows / tiles, line = i * OUTPUTS / tiles;
+        tile at = {.c = c, .row = row, .o = o, .fetch = next + line * w_row,
+                   .lines = (i + 1) * OUTPUTS / tiles - line};
+        multiply_rows(half, outputs, (i + 1) * c->rows / tiles - row, &at);
     }
+}
+
+/* x with its rows at a better distance, where they would else all want the same lines of the first-level cache. As it
+ * came if there is no memory for that. */
+static const char *spread(const char *x, int64_t bytes, int64_t rows, int64_t *row) {
+    static _Thread_local char *kept;
+    static _Thread_local int64_t size;
+    const int64_t apart = (bytes + 63) / 64 * 64 + 64;
+    if (rows < 2 || *row % ALIASED) return x;
+    if (rows * apart > size) {
+        free(kept);
+        kept = aligned_alloc(64, (size_t)(rows * apart));
+        size = kept ? rows * apart : 0;
+    }
+    if (!kept) return x;
+    for (int64_t r = 0; r < rows; r++) memcpy(kept + r * apart, x + r * *row, (size_t)bytes);
+    *row = apart;
+    return kept;
 }
 
 #define LINEAR(NAME, HALF)                                                                                           \
     void NAME(const char *weight, const char *bias, int64_t d_in, int64_t d_out, const char *x, int64_t x_row,       \
               int64_t rows, char *y, int64_t num_threads) {                                                          \
-        const call c = {weight, bias, d_in, d_out, x, x_row, rows, y};                                               \
+        int64_t row = x_row * SIZE(HALF);                                                                            \
+        x = spread(x, d_in * SIZE(HALF), rows, &row);                                                                \
+        const call c = {weight, bias, d_in, d_out, x, row, rows, y};                                                 \
         const int64_t whole = d_out / OUTPUTS * OUTPUTS;                                                             \
         _Pragma("omp parallel for schedule(static) num_threads(num_threads) if(num_threads > 1)")                    \
         for (int64_t o = 0; o < whole; o += OUTPUTS) multiply_block(HALF, OUTPUTS, &c, o);                           \

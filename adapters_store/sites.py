@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adapters_store import few_rows
+from adapters_store import few_rows, rms_norm
 from adapters_store.errors import KeysError, NoSiteError, UnknownSiteError
 from adapters_store.mixing import MixedBatch
 from adapters_store.places import blocks, is_linear, layers_by_name, widths
@@ -127,7 +127,7 @@ class Sites(Mapping[str, Site]):
         site = Site(self, Place(name, module, d_in, d_out, self._layers[name]))
         self._sites[name] = site
         module.__dict__["_espalier_site"] = site
-        module.__class__ = _sited(type(module))  # type: ignore[arg-type]  # mypy takes nn.Module for unhashable
+        module.__class__ = _sited(type(module), _forward_of(module))  # type: ignore[arg-type]  # mypy takes nn.Module for unhashable
 
     def detach(self) -> None:
         """Give every module its own class back."""
@@ -201,10 +201,16 @@ class Sites(Mapping[str, Site]):
             self._running.release()
 
 
+def _forward_of(module: nn.Module) -> Callable[..., Any]:
+    """What computes a module's own output: a kernel's where it gives the same."""
+    if type(module) is nn.Linear:
+        return few_rows.forward
+    return rms_norm.forward if is_norm(module) and rms_norm.serves(module) else type(module).forward
+
+
 @functools.cache
-def _sited(cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a module class whose forward goes through its site."""
-    own: Callable[..., Any] = few_rows.forward if cls is nn.Linear else cls.forward
+def _sited(cls: type[nn.Module], own: Callable[..., Any]) -> type[nn.Module]:
+    """The subclass of a module class whose forward goes through its site. own: see _forward_of."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = own(self, *args, **kwargs)

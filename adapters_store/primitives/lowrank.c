@@ -262,7 +262,8 @@ typedef struct {
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* What memory should bring meanwhile: rows of a factor, asked for a share at a time while another factor is worked on.
- * The processor foresees long runs of addresses, but an adapter is short and the next one lies anywhere. */
+ * The processor foresees long runs of addresses, but an adapter is short and the next one lies anywhere. Into the
+ * second-level cache: fewer lines can be on their way to the first than it takes to keep memory busy. */
 typedef struct {
     const char *at;
     int64_t rows, lines, stride; /* lines of 64 bytes in a row; bytes from row to row */
@@ -276,7 +277,7 @@ __attribute__((noinline)) static void fetch(ahead *next, int64_t share, int64_t 
     while (next->asked < end) {
         int64_t n = least(end - next->asked, next->lines - next->line);
         const char *from = next->at + 64 * next->line;
-        for (int64_t i = 0; i < n; i++) __builtin_prefetch(from + 64 * i);
+        for (int64_t i = 0; i < n; i++) __builtin_prefetch(from + 64 * i, 0, 2);
         next->asked += n;
         next->line += n;
         if (next->line == next->lines) {

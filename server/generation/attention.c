@@ -47,6 +47,8 @@ typedef uint32_t uvec VECTOR(LANES);
 typedef float four VECTOR(4);
 
 #define INLINE static inline __attribute__((always_inline))
+/* Ask memory for a line, into the second-level cache: fewer can be on their way to the first than keep memory busy. */
+#define FETCH(line) __builtin_prefetch(line, 0, 2)
 
 /* One call. Strides count elements. tables: (rows, most), the pages of each row's sequence; lengths: (rows,).
  * query: (heads, rows, d), key: (kv_heads, rows, d), value: (kv_heads, rows, d_v); key NULL: both are in pages already.
@@ -186,7 +188,7 @@ INLINE void score(const int half, const int heads, const vec *query, int64_t lin
         vec sum[SUMS];
         float sums[SUMS];
         for (int s = 0; s < SUMS; s++) sum[s] = spread(0);
-        for (int64_t b = j * fetch_bytes; b < (j + at_once) * fetch_bytes; b += 64) __builtin_prefetch(fetch + b);
+        for (int64_t b = j * fetch_bytes; b < (j + at_once) * fetch_bytes; b += 64) FETCH(fetch + b);
         int64_t i = 0;
         const vec *at = query;
         for (; i + LINE(half) <= d; i += LINE(half), at++)
@@ -257,7 +259,7 @@ INLINE void mix(const int half, const int heads, const int lines, int64_t column
     for (int h = 0; h < heads; h++)
         for (int v = 0; v < n; v++) sum[h * n + v] = mixed[h * width + v];
     for (int64_t j = first; j < last; j++) {
-        for (int64_t b = j * fetch_bytes; b < (j + 1) * fetch_bytes; b += 64) __builtin_prefetch(fetch + b);
+        for (int64_t b = j * fetch_bytes; b < (j + 1) * fetch_bytes; b += 64) FETCH(fetch + b);
         for (int i = 0; i < lines; i++) {
             vec line = load(half, values + (j * d_v + LINE(half) * i) * SIZE(half), columns - LINE(half) * i);
             for (int h = 0; h < heads; h++) {

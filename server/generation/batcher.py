@@ -71,6 +71,7 @@ class Batcher:
         self.running = [sequence for sequence in self.running if not sequence.is_cancelled]
         self.waiting = deque(sequence for sequence in self.waiting if not sequence.is_cancelled)
 
+    @torch.inference_mode()
     def step(self) -> list[Event]:
         """Schedule, run, postprocess; what happened to whom. A forward that fails ends its own sequences only."""
         if not self.has_work:

@@ -77,7 +77,7 @@ class Decoder:
         model: Any = self.encoder.model
         return int(model.get_input_embeddings().weight.shape[0])
 
-    @torch.no_grad()
+    @torch.inference_mode()  # what torch does behind every small call to be ready for gradients adds up
     def forward(self, plan: Plan) -> Tensor:
         """(choosing, vocab_size) float32: logits behind the last token of each chunk that is its sequence's last."""
         start = time.perf_counter()
@@ -175,7 +175,7 @@ class Decoder:
         return apart
 
     def _differences(self, logits: Tensor, ended: Sequence[TokenSequence]) -> list[float]:
-        with torch.no_grad():
+        with torch.inference_mode():
             expected = [self.language.logits(self.encoder.states([s.ids], [None])[0][-1:])[0] for s in ended]
         return [
             float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1.0))

@@ -4,7 +4,7 @@ A random Llama of 8 layers, 512 or 1,024 wide; 16 or 64 requests that all come a
 16 to 128 new ones, greedy, nothing ends earlier; LoRA r=16 on all linear layers, 32 adapters. What counts is useful new
 tokens per second of CPU time of one thread: tokens that `generate` makes past what a request wanted do not. Variants
 take turns in one process, after a short run each that is not counted; slow ones take fewer turns (`rounds`).
-Run: python -m tests.bench.generate [--rounds 3] [--only abcde] [--quick]
+Run: python -m tests.bench.generate [--rounds 3] [--only abcde] [--settings 512:float32:16,…] [--quick]
 """
 
 import argparse
@@ -26,7 +26,7 @@ from tests.bench.generate_models import adapters_of, alone, compositions, llama,
 from tests.bench.generate_profile import profile
 from tests.bench.generate_report import NAMES, Setting, show
 from tests.bench.generate_variants import Run, Variant, continuous_batching, engine, generate, ours, peft_mixed
-from tests.bench.rounds import write
+from tests.bench.rounds import renew, write
 
 EQUAL = (("a", "c"), ("a", "d"), ("be", "e"), ("c", "d"))  # pairs that must give the same tokens, up to rounding
 
@@ -143,10 +143,13 @@ class Case:
         return [{**vars(self.setting), "profile": name, **found} for name, found in shares.items()]
 
 
-def settings_of(*, quick: bool) -> list[Setting]:
-    """All eight, or the smallest at 64 requests in float32."""
+def settings_of(named: str, *, quick: bool) -> list[Setting]:
+    """All eight, those named as hidden:dtype:requests, or the smallest at 64 requests in float32."""
     if quick:
         return [Setting(512, "float32", 64)]
+    if named:
+        parts = [one.split(":") for one in named.split(",")]
+        return [Setting(int(hidden), dtype, int(requests)) for hidden, dtype, requests in parts]
     return [Setting(*one) for one in itertools.product((512, 1024), ("float32", "bfloat16"), (16, 64))]
 
 
@@ -154,7 +157,14 @@ def main() -> None:
     """Run, show, write after each setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="turns of the fastest variants")
-    parser.add_argument("--only", default="abcde", help="letters of the variants to run; else than all, writes nothing")
+    parser.add_argument(
+        "--only", default="abcde", help="letters of the variants to run; some alone are written only with --settings"
+    )
+    parser.add_argument(
+        "--settings",
+        default="",
+        help="hidden:dtype:requests, … to run, their lines in place of the file's",
+    )
     parser.add_argument(
         "--quick", action="store_true", help="one model, float32, 64 requests, one turn; writes nothing"
     )
@@ -162,11 +172,11 @@ def main() -> None:
     transformers_logging.set_verbosity_error()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    writes = not options.quick and options.only == "abcde"
+    writes = bool(options.settings) or (not options.quick and options.only == "abcde")
     paths = {"operators": native.status().detail, "attention": native_attention.status().detail}
     lines: list[dict[str, Any]] = []
     with Progress(console=Console(stderr=True)) as progress:
-        for setting in settings_of(quick=options.quick):
+        for setting in settings_of(options.settings, quick=options.quick):
             case = Case(setting, llama(setting.hidden, setting.dtype), options.only)
             try:
                 case.run(1 if options.quick else options.rounds, progress)
@@ -174,7 +184,7 @@ def main() -> None:
             finally:
                 case.close()
             if writes:
-                path = write("generate", [paths, *lines])
+                path = renew("generate", lines) if options.settings else write("generate", [paths, *lines])
     show(lines)
     if writes:
         print(path)

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -75,3 +76,32 @@ def write(name: str, lines: list[dict[str, Any]]) -> Path:
     path = RESULTS / f"{name}.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in [{"machine": machine()}, *lines]))
     return path
+
+
+def renew(name: str, lines: list[dict[str, Any]]) -> Path:
+    """Put lines in the place of those of the same setting and variant; each says on what it ran. Other lines stay."""
+    path = RESULTS / f"{name}.jsonl"
+    lines = [json.loads(json.dumps(line)) for line in lines]  # as the file has them
+    fresh = {_subject(line) for line in lines}
+    kept = [line for line in map(json.loads, path.read_text().splitlines()) if _subject(line) not in fresh]
+    here = {"commit": _commit(), "processor": _processor()}
+    heads = [line for line in kept if "hidden" not in line]
+    settings = [line for line in kept if "hidden" in line] + [line | here for line in lines]
+    settings.sort(key=lambda line: (line["hidden"], line["dtype"] != "float32", line["requests"]))  # stable
+    path.write_text("".join(json.dumps(line) + "\n" for line in heads + settings))
+    return path
+
+
+def _subject(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a line is about: its hidden, dtype and requests, and which of the kinds of lines it is."""
+    kinds = (str(line.get(kind)) for kind in ("variant", "equal", "profile"))
+    return line.get("hidden"), line.get("dtype"), line.get("requests"), *kinds
+
+
+def _processor() -> str:
+    """Name, family and model: a name alone may stand for several generations."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", text, re.MULTILINE))
+    name = found.get("model name", platform.machine())
+    return f"{name}, family {found['cpu family']}, model {found['model']}" if "cpu family" in found else name

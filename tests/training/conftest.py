@@ -12,6 +12,7 @@ from tests.training.decoders import FAMILIES, save_decoder, write_tasks
 from training.backbone import LoadedBackbone, load
 from training.composing.settings import CotrainConfig
 from training.config import FitConfig
+from training.suite.workbench import Setting, Workbench, prepare
 
 GOOD, BAD = ["good", "fine", "lovely"], ["bad", "poor", "awful"]
 NOUNS = {"books": ["book", "plot", "author"], "films": ["film", "scene", "actor"], "intent": ["alarm", "lamp", "song"]}
@@ -48,6 +49,12 @@ def gpt2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def backbone(bert_folder: Path) -> LoadedBackbone:
     return load(str(bert_folder))
+
+
+@pytest.fixture
+def tiny_bench(data_folder: Path, backbone: LoadedBackbone) -> Workbench:
+    """Three tasks with a dozen examples each on the tiny BERT, whose second layer alone has adapters."""
+    return prepare(Setting((data_folder,), 12, test_examples=10, first_layer=1, token_budget=64), backbone)
 
 
 def write_rows(file: Path, rows: list[tuple[str, str]]) -> None:

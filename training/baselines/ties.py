@@ -18,7 +18,7 @@ from training.suite.methods import Nodes, Result
 from training.suite.workbench import Workbench
 
 DENSITIES = (0.2, 0.5)
-LAMBDAS = (0.5, 1.0, 2.0, 4.0)
+LAMBDAS = (0.5, 1.0, 1.5, 2.0)
 
 
 def trim(tau: Tensor, density: float) -> Tensor:

@@ -18,7 +18,7 @@ from training.baselines.answering import RECIPE, answered
 from training.baselines.learning import learn
 from training.baselines.tokenwise import At, Gate, Stack, pool, pool_all, stacks
 from training.suite.joint import Recipe
-from training.suite.methods import Nodes, Result
+from training.suite.methods import Nodes, Result, pooled_bare
 from training.suite.workbench import Texts, Workbench
 
 WIDTH, LR = 64, 5e-3
@@ -54,12 +54,18 @@ def by_row(scalings: Tensor) -> Gate:
 
 def trained(bench: Workbench, nodes: Nodes, stacked: Sequence[Stack], recipe: Recipe) -> tuple[Scaler, list[float]]:
     """The network and its losses."""
-    scaler = Scaler(bench, len(nodes.adapters))
+    scaler, bare = Scaler(bench, len(nodes.adapters)), _first_pass(bench)
 
     def pooled(texts: Texts, tasks: Tensor) -> Tensor:  # noqa: ARG001  # one network for all tasks
-        return pool(bench, stacked, texts, by_row(scaler(bench.pooled(texts, None))))
+        return pool(bench, stacked, texts, by_row(scaler(torch.stack([bare[id(row)] for row in texts.rows]))))
 
     return scaler, learn(bench, [(list(scaler.parameters()), LR)], nodes.heads, pooled, recipe)
+
+
+def _first_pass(bench: Workbench) -> dict[int, Tensor]:
+    """Pooled states of the bare backbone by identity of a training text's row: they never change."""
+    found = zip(bench.train, pooled_bare(bench, bench.train), strict=True)
+    return {id(row): state for part, states in found for row, state in zip(part.rows, states, strict=True)}
 
 
 def run(bench: Workbench, nodes: Nodes, recipe: Recipe = RECIPE) -> Result:

@@ -5,8 +5,9 @@ m_tkl     = 1[alpha_tkl >= theta max_j alpha_tjl]       a relative gate never em
 keep_tkl  = path selection over the layers (adapters_store/paths.py)
 g_tkl     = mass_tl alpha m keep / sum_k alpha m keep
 
-In training the gate is straight-through: forwards use m, gradients those of sigmoid((alpha - theta max alpha) / tau_g)
-with tau_g falling from 1 to 0.1 (`anneal`); path selection and `top_k` are masks without gradients.
+In training gate and selection are straight-through: forwards use m keep, gradients those of
+sigmoid((alpha - theta max alpha) / tau_g) with tau_g falling from 1 to 0.1 (`anneal`), so that a module that is out can
+come back. `top_k` selects as in the server.
 """
 
 import math
@@ -49,8 +50,8 @@ class Allocation:
         """
         alpha = self.alpha(Pi)
         selects = self.knobs.path != "none" or self.knobs.top_k is not None
-        kept = alpha * self._selected(alpha, Pi, S) if selects else alpha
-        gated = kept * gate(kept, self.knobs.threshold, tau_gate)
+        selected = self._selected(alpha, Pi, S) if selects else None
+        gated = alpha * gate(alpha, self.knobs.threshold, tau_gate, selected)
         return gated / gated.sum(dim=1, keepdim=True) * self.log_mass.exp()[:, None]
 
     def _selected(self, alpha: Tensor, Pi: Tensor, S: Tensor | None) -> Tensor:
@@ -74,11 +75,15 @@ def _at_hand(alpha: Tensor, row: Tensor, top_k: int | None) -> Tensor:
     return inside[(-alpha[inside].mean(dim=1)).argsort(stable=True)][:top_k]
 
 
-def gate(alpha: Tensor, threshold: float, tau_gate: float | None = None) -> Tensor:
-    """1 where alpha (T, K, num_layers) reaches threshold times its layer's largest, else 0; see the module."""
-    margin = alpha - threshold * alpha.amax(dim=1, keepdim=True)
-    hard = (margin >= 0).to(alpha.dtype)
-    if tau_gate is None or threshold == 0:
+def gate(alpha: Tensor, threshold: float, tau_gate: float | None = None, selected: Tensor | None = None) -> Tensor:
+    """1 where a selected alpha (T, K, num_layers) reaches threshold times its layer's largest, else 0; see the module.
+
+    selected: (T, K, num_layers) 1 or 0; all if not given.
+    """
+    within = alpha if selected is None else alpha * selected
+    margin = alpha - threshold * within.amax(dim=1, keepdim=True)
+    hard = (margin >= 0).to(alpha.dtype) * (1 if selected is None else selected)
+    if tau_gate is None or (threshold == 0 and selected is None):
         return hard
     soft = torch.sigmoid(margin / tau_gate)
     return hard + soft - soft.detach()

@@ -78,7 +78,7 @@ def singular_values(A: Array, B: Array) -> Array:
     if not A.size:
         return np.zeros(0)
     core = np.asarray(np.linalg.qr(B).R @ np.linalg.qr(A.T).R.T, np.float64)
-    values: Array = np.linalg.svd(core, compute_uv=False)
+    values = np.asarray(np.linalg.svd(core, compute_uv=False), np.float64)
     return np.where(values > values.max() * 1e-12, values, 0)
 
 

@@ -1,8 +1,8 @@
 """What a method of a suite is: given the bench and the node adapters, it answers every task's test texts.
 
 Pluggable methods get adapters that were trained apart and compose them afterwards, from the tasks' N training examples;
-joint ones train their own. Each is a function under a name; a method that only chooses weights says them, so that they
-can be looked at, exported and served.
+joint ones train their own; sweeps are joint with one setting changed. Each is a function under a name; a method that
+only chooses weights says them, so that they can be looked at, exported and served.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from training.suite.heads import HeadTensors, accuracy
 from training.suite.modules import mixes, resident
 from training.suite.workbench import Texts, Workbench
 
-Regime = Literal["pluggable", "joint", "unknown"]
+Regime = Literal["pluggable", "joint", "unknown", "sweep"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """What a suite's evaluation consists of: cells (examples, seed), and in each cell jobs that need one another.
 
-nodes ──▶ relations, pluggable and unknown methods;   joint methods train their own adapters and need nothing
+nodes ──▶ relations, pluggable and unknown methods;   joint methods and sweeps train their own adapters and need nothing
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,8 @@ from training.suite.settings import EvaluateConfig
 from training.suite.workbench import Setting
 
 NODES, RELATIONS, SETUP = "nodes", "relations", "setup"
-REGIMES = ("pluggable", "joint", "unknown")
+REGIMES = ("pluggable", "joint", "unknown", "sweep")
+_TRAIN_THEIR_OWN = ("joint", "sweep")
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,18 @@ def jobs(config: EvaluateConfig, methods: Mapping[str, Method], *, relate: bool)
 
 
 def chosen_methods(wanted: Sequence[str], methods: Mapping[str, Method], *, relate: bool) -> list[Method]:
-    """The methods of these names and regimes; all, if nothing is wanted. Raises ConfigError."""
+    """The methods of these names and regimes; all but sweeps, if nothing is wanted. Raises ConfigError."""
     known = {*methods, *REGIMES} | ({RELATIONS} if relate else set())
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise ConfigError(f"unknown method {unknown[0]!r}; known are: {', '.join(methods)}, or {', '.join(REGIMES)}")
-    return [m for m in methods.values() if not wanted or m.name in wanted or m.regime in wanted]
+    if not wanted:
+        return [method for method in methods.values() if method.regime != "sweep"]
+    return [method for method in methods.values() if method.name in wanted or method.regime in wanted]
 
 
 def _of_cell(cell: Cell, chosen: Sequence[Method], relate: bool, asked: bool) -> list[Job]:
-    built = [Job(cell, m.name, m.regime, () if m.regime == "joint" else (NODES,)) for m in chosen]
+    built = [Job(cell, m.name, m.regime, () if m.regime in _TRAIN_THEIR_OWN else (NODES,)) for m in chosen]
     if asked or any(job.needs for job in built):
         last = [Job(cell, RELATIONS, SETUP, (NODES,))] if relate else []  # slow, and nothing waits for it
         return [Job(cell, NODES, SETUP), *built, *last]

@@ -8,6 +8,7 @@ from typing import Any
 
 from training.baselines import BASELINES
 from training.composing.ours import OURS
+from training.composing.sweeps import SWEEPS
 from training.suite.measured import relations
 from training.suite.methods import Method, Nodes
 from training.suite.workbench import Workbench
@@ -19,4 +20,4 @@ _FIRST = ("single", "shared", "ours", "ours-joint", "ours-random", "ours-joint-r
 _LAST = ("uniform_joint", "poly", "lorahub", "phatgoose", "xlora", "adapterfusion")
 _every = OURS | BASELINES
 _middle = [name for name in _every if name not in (*_FIRST, *_LAST)]
-METHODS: dict[str, Method] = {name: _every[name] for name in (*_FIRST, *_middle, *_LAST)}
+METHODS: dict[str, Method] = {name: _every[name] for name in (*_FIRST, *_middle, *_LAST)} | SWEEPS

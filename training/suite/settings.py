@@ -20,7 +20,8 @@ class EvaluateConfig(Settings):
         (100,), min_length=1, description="training examples per task, one or several numbers; all takes every one"
     )
     methods: tuple[str, ...] = Field(
-        (), description="only these methods, by name or regime (pluggable, joint, unknown); default: all"
+        (),
+        description="only these methods, by name or regime (pluggable, joint, unknown, sweep); default: all but sweeps",
     )
     workers: int = Field(1, ge=1, description="processes that share the jobs; each holds a backbone and a suite")
     threads: int = Field(1, ge=1, description="CPU threads of each worker")

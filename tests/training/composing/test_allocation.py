@@ -122,6 +122,29 @@ def test_gradients_reach_evidence_and_relations():
     assert R.grad[2, 3] != 0
 
 
+@pytest.mark.parametrize("select", [{"path": "viterbi", "stay": 1.0}, {"top_k": 1}])
+@pytest.mark.parametrize("threshold", [0.0, 0.05])
+def test_what_is_selected_away_can_come_back_in_training(select, threshold):
+    evidence = torch.zeros(1, 3, LAYERS, requires_grad=True, dtype=torch.float64)
+    found = Allocation(evidence, torch.zeros(1, LAYERS), Knobs(threshold=threshold, **select))
+    Pi = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
+    for tau_gate, reached in ((None, False), (0.5, True)):
+        weights = found.weights(Pi, tau_gate=tau_gate)
+        assert weights[0].tolist() == [[1] * LAYERS, [0] * LAYERS, [0] * LAYERS]
+        evidence.grad = None
+        weights[0, 2].sum().backward()
+        assert bool(evidence.grad[0, 2].abs().min() > 0) == reached
+        assert torch.isfinite(evidence.grad).all()
+
+
+@light
+@given(seeds, knobs)
+def test_training_and_serving_weigh_alike(seed, knobs):
+    R, found = torch.from_numpy(relations(seed)), allocation(seed, knobs)
+    Pi = prior(R, knobs)
+    torch.testing.assert_close(found.weights(Pi, Pi, tau_gate=0.3), found.weights(Pi, Pi))
+
+
 @light
 @given(seeds)
 def test_a_new_node_changes_others_only_by_renormalisation(seed):

@@ -15,6 +15,7 @@ from tests.strategies import light
 from tests.training.composing.test_allocation import LAYERS, knobs, seeds
 from tests.training.composing.test_prior import relations
 from training.composing.allocation import Allocation
+from training.composing.cotrain import Learned, Settings
 from training.composing.export import graph_document
 from training.composing.prior import prior
 
@@ -77,3 +78,17 @@ def test_what_does_not_fit_is_refused(modules, tasks, message):
     R, allocation = learned(0, Knobs())
     with pytest.raises(InvalidGraphError, match=message):
         graph_document(allocation, R, modules, tasks)
+
+
+@light
+@given(seeds, knobs)
+def test_what_trains_together_is_exported_as_it_is_weighed(seed, knobs):
+    """R_hat and evidence as cotrain holds them: what it weighs with hard gates is what the graph composes."""
+    found = Learned(torch.from_numpy(relations(seed)), LAYERS, Settings(knobs=knobs))
+    with torch.no_grad():
+        found.evidence += torch.randn(found.evidence.shape, generator=torch.Generator().manual_seed(seed))
+        found.R_hat += 0.1
+    document = graph_document(found.allocation, found.R, MODULES)
+    weights = found.weights().detach()
+    for t, task in enumerate(MODULES):
+        np.testing.assert_allclose(composed(document, task), weights[t].numpy(), atol=1e-5, rtol=1e-4)
