@@ -36,7 +36,7 @@ class LoadedBackbone:
     tokenizer: Any
     fingerprint: Backbone
     folder: Path
-    default_pooling: Literal["mean", "last"]
+    default_pooling: Literal["mean", "cls", "last", "pooler"]
     language: LanguageModel | None = None
 
     @property

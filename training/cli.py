@@ -1,4 +1,4 @@
-"""The command line of training: fit -> publish -> relate -> score, and the demo that does all of it."""
+"""The command line of training: fit -> publish -> relate -> score; compose, cotrain; the demo."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from training.commands import command
+from training.composing.settings import ComposeConfig, CotrainConfig
 from training.config import DemoConfig, FitConfig, PublishConfig, RelateConfig, ScoreConfig, StylesConfig, resolve
 from training.suite.settings import EvaluateConfig, ReportConfig
 
@@ -16,8 +17,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
     help="Train task adapters on one frozen backbone, find out how they help each other, and publish them.\n\n"
-    "The usual way: fit, then publish, relate, score. Every command takes its settings from flags, from a file "
-    "(--config), or both.",
+    "The usual way: fit, then publish, relate, score; or fit, then compose; or cotrain alone. Every command takes its "
+    "settings from flags, from a file (--config), or both.",
 )
 
 Resume = Annotated[
@@ -79,6 +80,36 @@ def relate(config: RelateConfig) -> None:
     from training import relate as training_relate
 
     training_relate.relate(config)
+
+
+@command(app, ComposeConfig)
+def compose(config: ComposeConfig) -> None:
+    """Compose a run's adapters and publish the whole.
+
+    In place of publish and relate, for tasks that classify: estimates how the tasks of a finished run of fit relate,
+    composes their adapters by it, refits every head on its train texts under that composition, and publishes versions
+    with these heads and the graph that composes exactly so. The head suits the composition: ask in mode prior.
+
+    Example:  espalier-train compose --run runs/first --store adapters_store/data --set c=0.95
+    """
+    from training.composing import apart
+
+    apart.compose(config)
+
+
+@command(app, CotrainConfig)
+def cotrain(config: CotrainConfig) -> None:
+    """Train adapters, their graph and heads together.
+
+    In place of fit, publish and relate, for tasks that classify: what related tasks learn, they share, as widely as
+    the graph says, and the graph learns along. --set is for the kind of adapter, as in fit, --knob for the prior,
+    --loss for what is added to the tasks' losses. Nothing is written before training is done.
+
+    Example:  espalier-train cotrain --data training/demo_data --run together --set r=8 --knob c=0.9 --loss relation=0
+    """
+    from training.composing import together
+
+    together.cotrain(config)
 
 
 @command(app, ScoreConfig)

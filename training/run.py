@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from training.config import FitConfig, validate
+from training.config import FitConfig, Settings, validate
 from training.errors import RunError
 from training.tasks import Task
 
@@ -47,7 +47,9 @@ class Run:
         return self.summary_file.is_file()
 
     def config(self) -> FitConfig:
-        """The settings of the run. Raises RunError."""
+        """The settings of a run of fit. Raises RunError, also for a run of another command."""
+        if self.is_finished and (command := self.summary().get("command", "fit")) != "fit":
+            raise RunError(f"{self.folder} is a run of {command}, which related its adapters itself; give a run of fit")
         return validate(FitConfig, self._read(self.config_file))
 
     def environment(self) -> dict[str, Any]:
@@ -58,7 +60,7 @@ class Run:
         """The results of a finished run. Raises RunError."""
         return self._read(self.summary_file)
 
-    def begin(self, config: FitConfig, tasks: Sequence[Task]) -> None:
+    def begin(self, config: Settings, tasks: Sequence[Task]) -> None:
         """Note settings and surroundings, the settings last: their presence means that the run has begun."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.write("environment.json", environment() | {"data": {task.name: task.digest for task in tasks}})

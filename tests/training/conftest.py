@@ -10,6 +10,7 @@ from transformers import AutoModel, BertConfig, BertTokenizerFast, GPT2Config
 
 from tests.training.decoders import FAMILIES, save_decoder, write_tasks
 from training.backbone import LoadedBackbone, load
+from training.composing.settings import CotrainConfig
 from training.config import FitConfig
 from training.suite.workbench import Setting, Workbench, prepare
 
@@ -104,6 +105,20 @@ def fit_config(bert_folder: Path, data_folder: Path, tmp_path: Path) -> Callable
             "batch_size": 16, "lr": 1e-2, "head_lr": 1e-2, "token_budget": 128, "threads": 1,
         }  # fmt: skip
         return FitConfig.model_validate(usual | changes)
+
+    return make
+
+
+@pytest.fixture
+def cotrain_config(bert_folder: Path, data_folder: Path, tmp_path: Path) -> Callable[..., CotrainConfig]:
+    """Makes settings of a short co-training on the tiny backbone; keywords change them."""
+
+    def make(**changes: object) -> CotrainConfig:
+        usual: dict[str, object] = {
+            "data": data_folder, "backbone": str(bert_folder), "runs": tmp_path / "runs", "run": "together",
+            "store": tmp_path / "store", "epochs": 2, "batch_size": 16, "lr": 1e-2, "threads": 1, "token_budget": 256,
+        }  # fmt: skip
+        return CotrainConfig.model_validate(usual | changes)
 
     return make
 

@@ -11,7 +11,7 @@ from training.cli import app
 from training.config import FitConfig
 from training.fit import fit
 
-COMMANDS = ["fit", "publish", "relate", "score", "evaluate", "report", "demo", "styles"]
+COMMANDS = ["fit", "publish", "relate", "compose", "cotrain", "score", "evaluate", "report", "demo", "styles"]
 
 
 def run(*arguments: str) -> Result:
@@ -30,10 +30,11 @@ def test_help_has_an_example_and_says_what_every_flag_does(command: str) -> None
 
 def test_every_setting_has_a_description() -> None:
     from training import config as c
+    from training.composing import settings as k
     from training.suite import settings as s
 
     commands = [c.FitConfig, c.RelateConfig, c.PublishConfig, c.ScoreConfig, c.DemoConfig, c.StylesConfig]
-    for model in [*commands, s.EvaluateConfig, s.ReportConfig]:
+    for model in [*commands, k.ComposeConfig, k.CotrainConfig, s.EvaluateConfig, s.ReportConfig]:
         for field, info in model.model_fields.items():
             assert info.description, f"{model.__name__}.{field}"
 
@@ -105,6 +106,8 @@ def test_other_errors_are_one_line_and_status_1(tmp_path: Path) -> None:
         ["fit", "--data", str(tmp_path / "nowhere")],
         ["publish", "--run", str(tmp_path)],
         ["relate", "--run", str(tmp_path)],
+        ["compose", "--run", str(tmp_path)],
+        ["cotrain", "--data", str(tmp_path / "nowhere"), "--runs", str(tmp_path)],
         ["score", "--data", str(tmp_path), "--store", str(tmp_path / "store")],
         ["fit", "--resume", "--runs", str(tmp_path)],
         ["evaluate", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")],
@@ -179,3 +182,46 @@ def test_evaluate_lists_its_jobs_does_them_and_reports(bert_folder: Path, data_f
     assert "| uniform | pluggable |" in (tmp_path / "out" / "report" / "report.md").read_text()
     assert run(*arguments, "--examples", "many").exit_code == 2
     assert "unknown method 'magic'" in run(*arguments, "--methods", "magic").stderr
+
+
+def test_compose_and_cotrain_publish_what_they_made(
+    fit_config: Callable[..., FitConfig], bert_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    folder, store = str(fit(fit_config(epochs=1)).folder), str(tmp_path / "store")
+
+    done = run("compose", "--run", folder, "--store", store, "--set", "c=0.5", "--set", "epsilon=0", "--alias", "dev")
+    assert done.exit_code == 0, done.stderr
+    assert "composing: 3/3" in done.stderr
+    assert "books@1, films@1, intent@1 as @dev, composed by graph version 1" in done.stderr
+    arguments = [
+        "cotrain", "--data", str(data_folder), "--backbone", str(bert_folder), "--store", store, "--epochs", "1",
+        "--runs", str(tmp_path / "runs"), "--examples", "16", "--set", "r=2", "--knob", "c=0.5", "--loss", "relation=0",
+    ]  # fmt: skip
+    shown = json.loads(run(*arguments, "--print-config").stdout)
+    assert (shown["hyperparameters"], shown["knob"], shown["loss"]) == ({"r": 2}, {"c": 0.5}, {"relation": 0})
+    done = run(*arguments)
+    assert done.exit_code == 0, done.stderr
+    assert "training: 2/2 loss" in done.stderr
+    assert "as @prod, composed by graph version 2" in done.stderr
+    assert (tmp_path / "runs" / f"{data_folder.name}-cotrain" / "summary.json").is_file()
+
+
+def test_settings_that_compose_and_cotrain_cannot_use_are_usage_errors(
+    fit_config: Callable[..., FitConfig], bert_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    together = ["cotrain", "--data", str(data_folder), "--backbone", str(bert_folder), "--runs", str(tmp_path)]
+    for arguments, said in (
+        (["compose", "--run", str(tmp_path), "--set", "depth=1"], "unknown knob 'depth'"),
+        (["compose", "--run", str(tmp_path), "--set", "c=1"], "knob 'c': "),
+        (["compose", "--run", str(tmp_path), "--relations", "stars"], "'stars' is not one of 'data'"),
+        ([*together, "--loss", "beauty=1"], "unknown loss 'beauty'"),
+        ([*together, "--loss", "prior=-1"], "loss 'prior': "),
+        ([*together, "--knob", "depth=1"], "unknown knob 'depth'"),
+        ([*together, "--set", "rank=1"], "unknown hyperparameter of lora 'rank'"),
+        ([*together, "--kind", "head"], "nothing to compose"),
+        ([*together, "--first-layer", "7"], "first layer 7 is not one of the backbone's layers 0 to 1"),
+    ):
+        found = run(*arguments)
+        assert found.exit_code == 2, (arguments, found.stderr)
+        assert said in found.stderr
+    assert not (tmp_path / "store").exists()

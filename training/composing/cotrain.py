@@ -97,11 +97,14 @@ class CoTrained:
 
 def cotrain(
     bench: Workbench, relations: Matrix, recipe: Recipe = USUAL, settings: Settings = USUAL_SETTINGS,
-    shown: Bar | None = None,
+    shown: Bar | None = None, modules: Modules | None = None,
 ) -> CoTrained:  # fmt: skip
-    """Train one module per task, their evidence and relations, and the heads, from nothing."""
+    """Train one module per task, their evidence and relations, and the heads, from nothing.
+
+    modules: those of another kind than LoRA, at their start.
+    """
     learned = Learned(torch.from_numpy(relations), bench.num_layers, settings)
-    modules = Modules(bench.tail, len(bench.tasks), bench.setting.seed)
+    modules = Modules(bench.tail, len(bench.tasks), bench.setting.seed) if modules is None else modules
     heads = Heads(bench.tasks, bench.hidden_size, bench.setting.seed, _ties(learned) if settings.ties_heads else None)
     total = num_steps(bench, recipe)
     extra = Extra(learned.tensors(), settings.lr, lambda: _penalty(learned, modules))

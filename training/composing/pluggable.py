@@ -7,7 +7,7 @@ label, weighted by pi_t, and the task's own, then refitted on the N examples nea
 Nothing is learned by gradient that could prefer the task's own adapter for having seen its examples.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,11 @@ from adapters_store import composition
 from adapters_store.graph import Knobs, RelationGraph
 from adapters_store.prior import Prior
 from training.composing.mass import norm_preserving
+from training.progress import Bar, Quiet
 from training.relations import Matrix, weights
 from training.suite.heads import HeadTensors
-from training.suite.methods import Nodes, pooled_under, refitted
+from training.suite.methods import Nodes, refitted
+from training.suite.modules import mixes, resident
 from training.suite.workbench import Workbench
 
 
@@ -49,23 +51,30 @@ def knobs_of(choices: Choices) -> Knobs:
 
 
 def prior_rows(tasks: Sequence[str], relations: Matrix, knobs: Knobs) -> Tensor:
-    """Pi (T, T): row t over the modules of all tasks, by the store's own arithmetic."""
+    """Pi (T, T) float64: row t over the modules of all tasks, by the store's own arithmetic."""
     edges = {
         (a, b): float(relations[i, j]) for i, a in enumerate(tasks) for j, b in enumerate(tasks)
         if i != j and relations[i, j] > 0
     }  # fmt: skip
     prior = Prior(RelationGraph.of(dict.fromkeys(tasks), edges, knobs=knobs.model_dump()))
-    return torch.tensor([[prior.row(task).get(module, 0.0) for module in tasks] for task in tasks])
+    rows = [[prior.row(task).get(module, 0.0) for module in tasks] for task in tasks]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def weights_of(tasks: Sequence[str], rows: Tensor, knobs: Knobs, num_layers: int) -> Tensor:
     """(T, K, num_layers) weights as the server composes them, without evidence."""
+    priors = {task: _largest_first(tasks, row.tolist()) for task, row in zip(tasks, rows, strict=True)}
     found = torch.zeros(len(tasks), len(tasks), num_layers)
-    for t in range(len(tasks)):
-        row = {module: float(w) for module, w in zip(tasks, rows[t], strict=True) if w > 0}
-        for module, values in composition.from_prior(row, {}, knobs, num_layers).items():
+    for t, task in enumerate(tasks):
+        composed = composition.from_prior(priors[task], {}, knobs, num_layers, diffused=priors.__getitem__)
+        for module, values in composed.items():
             found[t, tasks.index(module)] = torch.from_numpy(np.asarray(values))
     return found
+
+
+def _largest_first(tasks: Sequence[str], row: Sequence[float]) -> dict[str, float]:
+    """A prior row in the order in which the store has it: what knobs like top_k keep of equal weights depends on it."""
+    return {tasks[k]: row[k] for k in sorted(range(len(row)), key=lambda k: -row[k]) if row[k] > 0}
 
 
 def tied_head(bench: Workbench, heads: Sequence[HeadTensors], row: Tensor, t: int, own: float) -> HeadTensors:
@@ -96,21 +105,29 @@ class Composed:
     facts: Mapping[str, Any]
 
 
-def compose(bench: Workbench, nodes: Nodes, relations: Matrix, choices: Choices = USUAL) -> Composed:
-    """Weights and heads of every task from its N examples."""
-    knobs = knobs_of(choices)
+def compose(
+    bench: Workbench, nodes: Nodes, relations: Matrix, choices: Choices = USUAL, knobs: Knobs | None = None,
+    shown: Bar | None = None,
+) -> Composed:  # fmt: skip
+    """Weights and heads of every task from its N examples. knobs: all of the graph's, in place of those in choices."""
+    knobs = knobs or knobs_of(choices)
     rows = prior_rows(bench.names, relations, knobs)
     mixed = weights_of(bench.names, rows, knobs, bench.num_layers)
     grams = weights.grams_by_layer(nodes.adapters, bench.tail.encoder.sites)
     mass = norm_preserving(mixed, grams) if choices.has_mass else torch.ones(len(rows), bench.num_layers)
     composed = mixed * mass[:, None]
-    pooled = pooled_under(bench, nodes, composed, bench.train)
-    heads = [
-        refitted(
-            tied_head(bench, nodes.heads, rows[t], t, choices.own_head), pooled[t], bench.train[t].targets, choices.l2
-        )
-        for t in range(len(rows))
-    ]
+    heads = list(_heads(bench, nodes, rows, composed, choices, shown or Quiet()))
     return Composed(
         composed, heads, {"mass": [round(float(m), 3) for m in mass.mean(dim=1)], "knobs": knobs.model_dump()}
     )
+
+
+def _heads(
+    bench: Workbench, nodes: Nodes, rows: Tensor, composed: Tensor, choices: Choices, shown: Bar
+) -> Iterator[HeadTensors]:
+    """Every task's head: the mean of related ones, refitted on its examples under its composition."""
+    with resident(bench.tail, [adapter.entries for adapter in nodes.adapters]):
+        for t, (texts, mix) in enumerate(zip(bench.train, mixes(composed), strict=True)):
+            start = tied_head(bench, nodes.heads, rows[t], t, choices.own_head)
+            yield refitted(start, bench.pooled(texts, mix), texts.targets, choices.l2)
+            shown.advance(note=bench.names[t])

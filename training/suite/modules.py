@@ -73,11 +73,12 @@ class Modules:
 
 @contextmanager
 def resident(tail: Tail, entries: Sequence[Sequence[Entry]]) -> Iterator[None]:
-    """While inside, the entries of adapter k are in slot k."""
+    """While inside, the entries of adapter k are in slot k; an adapter without any (kind head) adds nothing."""
     sites = tail.encoder.sites
     try:
         for slot, own in enumerate(entries):
-            sites.put(slot, own)
+            if own:
+                sites.put(slot, own)
         yield
     finally:
         for slot in range(len(entries)):

@@ -108,8 +108,8 @@ def prepare(setting: Setting, loaded: LoadedBackbone | None = None) -> Workbench
     backbone = loaded or load(setting.backbone, setting.dtype)
     tail = Tail(backbone.encoder, setting.first_layer)
     tasks = read_suite(setting)
-    train = [_texts(backbone, tail, setting, task, task.train) for task in tasks]
-    test = [_texts(backbone, tail, setting, task, _tested(task, setting)) for task in tasks]
+    train = [texts_of(backbone, tail, setting, task, task.train) for task in tasks]
+    test = [texts_of(backbone, tail, setting, task, _tested(task, setting)) for task in tasks]
     return Workbench(setting, backbone, tail, tasks, train, test)
 
 
@@ -136,7 +136,8 @@ def _tested(task: Task, setting: Setting) -> Split:
     return sample(task.test, setting.test_examples, "suite", task.name, "test")
 
 
-def _texts(backbone: LoadedBackbone, tail: Tail, setting: Setting, task: Task, split: Split) -> Texts:
+def texts_of(backbone: LoadedBackbone, tail: Tail, setting: Setting, task: Task, split: Split) -> Texts:
+    """A split of a task, encoded and run up to the tail's first layer."""
     rows = backbone.encode([example.text for example in labelled(split)], setting.max_length)
     targets = torch.tensor(task.targets(split), dtype=torch.int64)
     return Texts(rows, targets, tail.read(rows, setting.token_budget))
