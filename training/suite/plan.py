@@ -61,9 +61,13 @@ def cells(config: EvaluateConfig) -> list[Cell]:
 
 
 def jobs(config: EvaluateConfig, methods: Mapping[str, Method], *, relate: bool) -> list[Job]:
-    """All jobs, in the order in which they are preferred. relate: relations are measured too. Raises ConfigError."""
+    """All jobs, in the order in which they are preferred. Raises ConfigError.
+
+    relate: relations can be measured; they are, if nothing or they are among what is wanted.
+    """
     chosen = chosen_methods(config.methods, methods, relate=relate)
-    return [job for cell in cells(config) for job in _of_cell(cell, chosen, relate, RELATIONS in config.methods)]
+    asked = relate and (RELATIONS in config.methods or not config.methods)
+    return [job for cell in cells(config) for job in _of_cell(cell, chosen, asked)]
 
 
 def chosen_methods(wanted: Sequence[str], methods: Mapping[str, Method], *, relate: bool) -> list[Method]:
@@ -77,9 +81,9 @@ def chosen_methods(wanted: Sequence[str], methods: Mapping[str, Method], *, rela
     return [method for method in methods.values() if method.name in wanted or method.regime in wanted]
 
 
-def _of_cell(cell: Cell, chosen: Sequence[Method], relate: bool, asked: bool) -> list[Job]:
+def _of_cell(cell: Cell, chosen: Sequence[Method], relate: bool) -> list[Job]:
     built = [Job(cell, m.name, m.regime, () if m.regime in _TRAIN_THEIR_OWN else (NODES,)) for m in chosen]
-    if asked or any(job.needs for job in built):
+    if relate or any(job.needs for job in built):
         last = [Job(cell, RELATIONS, SETUP, (NODES,))] if relate else []  # slow, and nothing waits for it
         return [Job(cell, NODES, SETUP), *built, *last]
     return built

@@ -74,7 +74,7 @@ def test_the_report_has_tables_pictures_and_lines(write: Write, tmp_path: Path) 
     text = file.read_text()
     assert "| 1 | **ours-joint** | joint |" in text
     assert "0 (missing: 1)" in text
-    assert "ours-random | the edges shuffled" in text
+    assert "ours-random | the same graph with its nodes renamed" in text
     assert "| embedding | +0.610 | +0.610 to +0.610 | 1.5 |" in text
     assert "commands (2) | reviews (2)" in text
     assert "DivergedError: a \\| b" in text
