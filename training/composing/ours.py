@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from training.composing import unknown
+from training.composing import shapes, unknown
 from training.composing.cotrain import cotrain
 from training.composing.pluggable import compose
 from training.relations import Matrix
@@ -52,6 +52,7 @@ def _pluggable(relations: Relations) -> Callable[[Workbench, Nodes], Result]:
         found = compose(bench, nodes, relations(bench, nodes))
         pooled = pooled_under(bench, nodes, found.weights, bench.test)
         facts = dict(found.facts) | {"accuracy_own_heads": accuracies(nodes.heads, pooled, bench.test)}
+        facts |= shapes.of_weights(found.weights, nodes.adapters, bench.tail.encoder.sites)
         return Result(accuracies(found.heads, pooled, bench.test), found.weights, facts)
 
     return run
@@ -62,7 +63,9 @@ def _joint(relations: Relations) -> Callable[[Workbench, Nodes], Result]:
         found = cotrain(bench, relations(bench, None))
         with found.modules.resident(frozen=True):
             pooled = [bench.pooled(part, mix) for part, mix in zip(bench.test, mixes(found.weights), strict=True)]
-        return Result(accuracies(found.heads, pooled, bench.test), found.weights, found.facts)
+        facts = found.facts | shapes.of_training(found.history)
+        facts |= shapes.of_weights(found.weights, found.modules.adapters(), bench.tail.encoder.sites)
+        return Result(accuracies(found.heads, pooled, bench.test), found.weights, facts)
 
     return run
 

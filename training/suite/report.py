@@ -76,6 +76,13 @@ def _section(group: Group, out: Path) -> Iterator[str]:
         yield f"Mean accuracy per family (number of its tasks):\n\n{families}"
     if falsifiers := tables.falsifiers_table(group):
         yield f"Does the graph matter? Ours under other graphs:\n\n{falsifiers}"
+    if unknown := tables.unknown_table(group):
+        yield (
+            "Unknown tasks: each task left out once and answered by the others' adapters, its head trained on 20 "
+            f"labelled examples:\n\n{unknown}"
+        )
+    if shapes := tables.shapes_table(group):
+        yield f"What the weights of ours are like, mean over tasks, layers that have adapters and seeds:\n\n{shapes}"
     if relations := tables.relations_table(group):
         yield (
             "Relations: rank correlation (Spearman, -1 to 1) of each view with measured transfer, over pairs of "

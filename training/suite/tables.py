@@ -7,6 +7,7 @@ from training.suite.intervals import Bounds, Difference, difference
 from training.suite.results import OURS, Group, Line, is_refitted
 
 JOINT = f"{OURS}-joint"
+UNKNOWN = "unknown-ours"
 FALSIFIERS = {
     "identity": "no edges: what relations add at all",
     "uniform": "all tasks related alike: whether it matters how strongly",
@@ -28,9 +29,17 @@ def falsifier(method: str) -> str | None:
 
 
 def main_methods(group: Group) -> list[str]:
-    """All but falsifiers, best first."""
-    names = [method for method in group.methods if falsifier(method) is None]
-    return sorted(names, key=lambda method: -accuracy(group, method))
+    """All but falsifiers and those for unknown tasks, best first."""
+    return _best_first(group, [m for m in group.methods if falsifier(m) is None and not is_unknown(group, m)])
+
+
+def is_unknown(group: Group, method: str) -> bool:
+    """True for methods that answer for tasks that are new to them."""
+    return bool(group.of(method)[0]["regime"] == "unknown")
+
+
+def _best_first(group: Group, methods: Sequence[str]) -> list[str]:
+    return sorted(methods, key=lambda method: -accuracy(group, method))
 
 
 def accuracy(group: Group, method: str) -> float:
@@ -96,6 +105,30 @@ def seeds(group: Group, method: str) -> str:
     return ", ".join(map(str, there)) + (f" (missing: {', '.join(missing)})" if missing else "")
 
 
+def unknown_table(group: Group) -> str:
+    """Methods for unknown tasks, and what ours is better by; nothing if none was run."""
+    methods = _best_first(group, [method for method in group.methods if is_unknown(group, method)])
+    ours = [method for method in methods if method.startswith(UNKNOWN)]
+    head = ["method", "accuracy", "with our head", *(f"{name} minus it" for name in ours), "seeds"]
+    rows = [
+        [
+            m,
+            f"{accuracy(group, m):.4f}",
+            _with_our_head(group, m),
+            *(compared(group, name, m) for name in ours),
+            seeds(group, m),
+        ]
+        for m in methods
+    ]
+    return markdown(head, rows) if rows else ""
+
+
+def _with_our_head(group: Group, method: str) -> str:
+    """The same composition under the head that ours would train, where that was tried."""
+    found = [value for line in group.of(method) for value in line["facts"].get("accuracy_with_our_head", ())]
+    return f"{mean(found):.4f}" if found else ""
+
+
 def families_table(group: Group) -> str:
     """Mean accuracy per family of tasks; nothing if there is one family."""
     families = sorted(set(group.families.values()))
@@ -134,6 +167,29 @@ def falsifiers_table(group: Group) -> str:
     ]
     head = ["method", "what is changed, and what that tests", "accuracy", "base minus it", "base", "seeds"]
     return markdown(head, own + rows) if rows else ""
+
+
+SHAPES = {
+    "own_weight": "share of the own module",
+    "effective_modules": "modules in effect, exp(H)",
+    "active_slots": "rank slots per token",
+    "overlap": "redundancy, sum g g cos^2",
+    "path_flips": "path flips",
+    "loss_spikes": "loss spikes",
+    "norm_variation": "variation of gradient norms",
+}
+
+
+def shapes_table(group: Group) -> str:
+    """Metrics of weights and training of the variants of ours that tell them; nothing if none does."""
+    told = [m for m in group.methods if any(set(SHAPES) & set(line["facts"]) for line in group.of(m))]
+    rows = [[method, *(_shape(group, method, fact) for fact in SHAPES)] for method in told]
+    return markdown(["method", *SHAPES.values()], rows) if rows else ""
+
+
+def _shape(group: Group, method: str, fact: str) -> str:
+    values = [line["facts"][fact] for line in group.of(method) if fact in line["facts"]]
+    return f"{mean(values):.3g}" if values else ""
 
 
 def relations_table(group: Group) -> str:
