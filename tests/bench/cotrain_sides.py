@@ -20,7 +20,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModel,
+    DataCollatorWithPadding,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.utils import logging as transformers_logging
 
 from training.composing.cotrain import cotrain
 from training.suite import joint, relating
@@ -116,10 +124,11 @@ def _gradients_from(bench: Workbench) -> Iterator[None]:
     """While inside, gradients flow back to what reaches the tail's first block, as they do under adapters there."""
     stack = next(module for module in bench.tail.encoder.model.modules() if isinstance(module, nn.ModuleList))
 
-    def begin(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:  # noqa: ARG001  # torch's signature
+    def begin(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:  # noqa: ARG001  # torch's signature
         return (args[0].detach().requires_grad_(), *args[1:])
 
-    handle = stack[bench.tail.first].register_forward_pre_hook(begin)
+    inner = next(iter(stack[bench.tail.first].children()))  # behind the tail's own hook, which brings what was read
+    handle = inner.register_forward_pre_hook(begin)
     try:
         yield
     finally:
@@ -152,6 +161,7 @@ class _Ticks(TrainerCallback):
 
 def classifier(bench: Workbench, t: int) -> Classifier:
     """PEFT's LoRA on the layers that ours adapts, with a head; adapters in float32, as PEFT makes them."""
+    transformers_logging.set_verbosity_error()
     dtype = getattr(torch, bench.setting.dtype)
     model: Any = AutoModel.from_pretrained(bench.backbone.folder, dtype=dtype, add_pooling_layer=False)
     layers = list(range(bench.setting.first_layer, bench.num_layers))
@@ -189,6 +199,7 @@ def _train_alone(bench: Workbench, t: int, steps: int, *, autocast: bool) -> flo
             classifier(bench, t), arguments(folder, steps + 1, autocast=autocast), train_dataset=examples,
             data_collator=DataCollatorWithPadding(bench.backbone.tokenizer), callbacks=[_Ticks(clock)],
         )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
     return clock.seconds
 
