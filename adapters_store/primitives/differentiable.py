@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from adapters_store.mixing import Selection
 from adapters_store.packing import runs_of
-from adapters_store.primitives.two_layer import Pair, used
+from adapters_store.primitives.two_layer import Pair, acting
 
 _MUCH = 3  # a product per row is less efficient than one product: it pays from this many times fewer ranks on
 
@@ -26,7 +26,7 @@ _MUCH = 3  # a product per row is less efficient than one product: it pays from 
 def add(out: Tensor, x: Tensor, pairs: Sequence[Pair], selection: Selection, layer: int) -> Tensor:
     """Give out + the delta; every token of the batch is in the selection. out: (n, d_out); x: (n, d_in)."""
     weights = selection.weights(layer)
-    chosen = used(weights, selection)
+    chosen = acting(weights, selection)
     own = max(sum(pairs[i].rank for i in row) for row in chosen)
     if own * _MUCH <= sum(pair.rank for pair in pairs):
         return by_row(out, x, pairs, chosen, weights, selection)

@@ -51,17 +51,18 @@ def _run(form: str, out: Tensor, x: Tensor, pairs: Sequence[Pair], selection: ob
     weights = selection.weights(0)  # type: ignore[attr-defined]
     if form == "wide":
         return differentiable.wide(out, x, pairs, weights, selection)  # type: ignore[arg-type]
-    chosen = two_layer.used(weights, selection)  # type: ignore[arg-type]
+    chosen = two_layer.acting(weights, selection)  # type: ignore[arg-type]
     return differentiable.by_row(out, x, pairs, chosen, weights, selection)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("form", ["wide", "by_row"])
 @settings(max_examples=30, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 4), min_size=1, max_size=7), ranks=st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    lengths=st.lists(st.integers(1, 4), min_size=1, max_size=7),
+    ranks=st.lists(st.integers(1, 3), min_size=1, max_size=4),
     learned=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_a_node_is_plain_torch(form: str, lengths: list[int], ranks: list[int], learned: bool, seed: int) -> None:  # noqa: FBT001
+def test_a_node_is_plain_torch(form: str, lengths: list[int], ranks: list[int], learned: bool, seed: int) -> None:
     found = _gradients(form, sorted(lengths), ranks, learned=learned, seed=seed)
 
     expected = _gradients("plain", sorted(lengths), ranks, learned=learned, seed=seed)

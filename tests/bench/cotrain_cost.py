@@ -103,7 +103,8 @@ def _line(case: Case, side: str, turns: Sequence[dict[str, Any]], said: dict[str
     return {
         "dtype": case.dtype, "first_layer": case.first_layer, "side": side, "rounds": len(turns),
         "tasks": said["tasks"], "tokens_per_step": said["tokens"], "examples_per_turn": turns[0]["examples"],
-        "examples_per_cpu_s": round(1 / (per_example + once), 1), "examples_per_cpu_s_of_steps": round(1 / per_example, 1),
+        "examples_per_cpu_s": round(1 / (per_example + once), 1),
+        "examples_per_cpu_s_of_steps": round(1 / per_example, 1),
         "per_turn": [round(turn["examples"] / turn["seconds"], 1) for turn in turns],
         "peak_mb": turns[-1]["peak_mb"], "epochs_that_share_reading": epochs,
     }  # fmt: skip

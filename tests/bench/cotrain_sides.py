@@ -58,7 +58,7 @@ class StepTurns:
         self._turns, self._examples = turns, examples
         self._began: float | None = None
 
-    def advance(self, count: int = 1, note: str = "") -> None:  # noqa: ARG002  # Bar's signature
+    def advance(self, count: int = 1, note: str = "") -> None:  # Bar's signature
         """A step is done."""
         if self._began is not None:
             self._turns.tell(time.process_time() - self._began, self._examples)
@@ -105,7 +105,7 @@ def _gradients_from(bench: Workbench) -> Iterator[None]:
     """While inside, gradients flow back to what reaches the tail's first block, as they do under adapters there."""
     stack = next(module for module in bench.tail.encoder.model.modules() if isinstance(module, nn.ModuleList))
 
-    def begin(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:  # noqa: ARG001  # torch's signature
+    def begin(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:  # torch's signature
         return (args[0].detach().requires_grad_(), *args[1:])
 
     inner = next(iter(stack[bench.tail.first].children()))  # behind the tail's own hook, which brings what was read
@@ -134,7 +134,7 @@ def _gradients_from(bench: Workbench) -> Iterator[None]:
     """While inside, gradients flow back to what reaches the tail's first block, as they do under adapters there."""
     stack = next(module for module in bench.tail.encoder.model.modules() if isinstance(module, nn.ModuleList))
 
-    def begin(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:  # noqa: ARG001  # torch's signature
+    def begin(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:  # torch's signature
         return (args[0].detach().requires_grad_(), *args[1:])
 
     inner = next(iter(stack[bench.tail.first].children()))  # behind the tail's own hook, which brings what was read
@@ -167,7 +167,7 @@ class _Clock(TrainerCallback):
     def __init__(self) -> None:
         self.ends: list[float] = []
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002  # Trainer's signature
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:  # Trainer's signature
         self.ends.append(time.process_time())
 
 

@@ -43,7 +43,9 @@ def test_peft_trains_the_layers_that_ours_trains(bench: Workbench) -> None:
     model = cotrain_sides.classifier(bench, 0)
     ours = cotrain_sides.Modules(bench.tail, 1, 0).parameters[0]
 
-    trained = {name.split("base_model.model.")[1] for name, p in model.named_parameters() if p.requires_grad and "lora" in name}
+    trained = {
+        name.split("base_model.model.")[1] for name, p in model.named_parameters() if p.requires_grad and "lora" in name
+    }
     assert {name.rsplit(".lora", 1)[0] for name in trained} == set(ours)
 
 
