@@ -1,8 +1,7 @@
-"""The one-node forms of low-rank deltas against plain torch's two, values and gradients."""
+"""The one-node form of low-rank deltas against plain torch, values and gradients."""
 
 from collections.abc import Sequence
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,37 +48,26 @@ def _run(form: str, out: Tensor, x: Tensor, pairs: Sequence[Pair], selection: ob
     if form == "plain":
         return out + two_layer.dense(x, pairs, selection, 0, None)  # type: ignore[arg-type]
     weights = selection.weights(0)  # type: ignore[attr-defined]
-    if form == "wide":
-        return differentiable.wide(out, x, pairs, weights, selection)  # type: ignore[arg-type]
     chosen = two_layer.acting(weights, selection)  # type: ignore[arg-type]
     return differentiable.by_row(out, x, pairs, chosen, weights, selection)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("form", ["wide", "by_row"])
 @settings(max_examples=30, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 4), min_size=1, max_size=7),
     ranks=st.lists(st.integers(1, 3), min_size=1, max_size=4),
     learned=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_a_node_is_plain_torch(form: str, lengths: list[int], ranks: list[int], learned: bool, seed: int) -> None:
-    found = _gradients(form, sorted(lengths), ranks, learned=learned, seed=seed)
+def test_a_node_is_plain_torch(lengths: list[int], ranks: list[int], learned: bool, seed: int) -> None:
+    found = _gradients("by_row", sorted(lengths), ranks, learned=learned, seed=seed)
 
     expected = _gradients("plain", sorted(lengths), ranks, learned=learned, seed=seed)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)  # weights are float32
 
 
-def test_few_ranks_of_many_go_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = []
-    for name in ("wide", "by_row"):
-        monkeypatch.setattr(differentiable, name, lambda *args, name=name: taken.append(name))
+def test_it_pays_where_rows_use_few_of_the_ranks() -> None:
     pairs = _pairs([2] * 6, torch.Generator().manual_seed(0))
-    x = torch.zeros(12, D_IN)
-    for learned in (False, True):
-        weights = torch.eye(6)[:, :, None].requires_grad_(learned)
-        mixes = [Mix(tuple(range(6)), row if learned else row.numpy()) for row in weights]
-        batch = MixedBatch.of([(2, mix) for mix in mixes], 1)
-        differentiable.add(x, x, pairs, batch.select(tuple(range(6))), 0)
 
-    assert taken == ["by_row", "wide"]
+    assert differentiable.pays(pairs, [[i] for i in range(6)])
+    assert not differentiable.pays(pairs, [[0], list(range(6))])
