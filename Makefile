@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE ?= 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve train test test-clients check fmt lint types bench bench-http bench-generate bench-fdu bench-prompts lock clean
+.PHONY: help setup demo serve train test test-clients check fmt lint types bench bench-http bench-generate bench-fdu bench-prompts bench-cotrain lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -78,6 +78,9 @@ bench-fdu: setup ## train and serve the 16 tasks of ../shared/data/fdu_mtl; writ
 
 bench-prompts: setup ## predict the measured transfer of ../shared/data/relations_prompt_transfer; writes tests/bench/results/prompt_transfer.jsonl
 	$(BIN)/python -W ignore -m tests.bench.prompt_transfer
+
+bench-cotrain: setup ## co-training next to PEFT and Trainer, task after task; writes tests/bench/results/cotrain_cost.jsonl
+	$(BIN)/python -W ignore -m tests.bench.cotrain_cost
 
 lock: ## resolve the dependencies anew into requirements.lock
 	echo "$(TORCH)" > build-constraints.tmp

@@ -214,6 +214,11 @@ class Selection:
         chosen = mix_of_token[np.isin(mix_of_token, self.mixes)]
         return torch.from_numpy(np.searchsorted(self.mixes, chosen)).to(self.batch.device)
 
+    @cached_property
+    def local_mix_of_row(self) -> Tensor:
+        """(rows,) int64 For each row, the position of its mix in `mixes`; only where `tokens` is None."""
+        return torch.from_numpy(np.searchsorted(self.mixes, self.batch.mix_of_row)).to(self.batch.device)
+
     def weights(self, layer: int) -> Tensor:
         """(m, slots) float32: weight of each slot in each chosen mix at this layer."""
         if layer not in self._weights:

@@ -172,7 +172,7 @@ def _prefers_products(q: Tensor, k: Tensor) -> bool:
     return (
         q.dtype == torch.bfloat16
         and q.device.type == "cpu"
-        and rows * length >= 128
+        and (rows * length >= 128 or q.requires_grad)
         and heads == k.shape[1]
         and length <= 512
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from adapters_store.mixing import Mix, MixedBatch
-from adapters_store.primitives import cost, native, two_layer
+from adapters_store.primitives import cost, differentiable, native, two_layer
 from adapters_store.primitives.base import (
     Bank,
     Entry,
@@ -109,9 +109,13 @@ class LowRankBank(Bank):
         if path == "native":
             native.add(out, x, self._table, batch, self.place.layer)
             return out
-        form = two_layer.dense if path == "dense" else two_layer.fold
         slots = self.chosen(batch)
         selection, pairs = batch.select(slots), [self.slots[slot].pair for slot in slots]
+        if torch.is_grad_enabled() and selection.tokens is None and x.dtype == out.dtype and not cost.is_forced():
+            weights = selection.weights(self.place.layer)
+            if differentiable.pays(pairs, chosen := two_layer.acting(weights, selection)):
+                return differentiable.by_row(out, x, pairs, chosen, weights, selection)
+        form = two_layer.dense if path == "dense" else two_layer.fold
         return add_at(out, selection.tokens, form(pick(x, selection.tokens), pairs, selection, self.place.layer, None))
 
     def _has_kernel(self, out: Tensor, x: Tensor, batch: MixedBatch) -> bool:

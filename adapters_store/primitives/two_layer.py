@@ -51,7 +51,7 @@ def dense(x: Tensor, pairs: Sequence[Pair], selection: Selection, layer: int, f:
 def fold(x: Tensor, pairs: Sequence[Pair], selection: Selection, layer: int, f: Activation | None) -> Tensor:
     """The same as dense, by one folded pair per mix."""
     weights = selection.weights(layer)
-    used = _used(weights, selection)
+    used = acting(weights, selection)
     A = _stack([torch.cat([pairs[i].A for i in row]) for row in used]).to(x.dtype)  # (m, R, d_in)
     scaled = [torch.cat([pairs[i].B.mT * weights[m, i] for i in row]) for m, row in enumerate(used)]
     B = _stack(scaled).to(x.dtype)  # (m, R, d_out)
@@ -66,7 +66,7 @@ def fold(x: Tensor, pairs: Sequence[Pair], selection: Selection, layer: int, f: 
     return _add_bias(delta, pairs, weights, selection)
 
 
-def _used(weights: Tensor, selection: Selection) -> list[list[int]]:
+def acting(weights: Tensor, selection: Selection) -> list[list[int]]:
     """For each mix the adapters to fold: those with any weight at this layer, at least one to keep shapes regular.
 
     If the weights are learned, all of its own: gradients flow into zeros too.

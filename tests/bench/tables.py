@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.bench.cotrain_cost import over_peft
 from tests.bench.rounds import RESULTS
 
 README = Path(__file__).parents[2] / "README.md"
@@ -86,6 +87,21 @@ def fdu() -> str:
     return "\n".join([*rows, f"\nAsked again through `/v1/infer`, the {len(found)} accuracies are the same: {same}."])
 
 
+def cotrain_cost() -> str:
+    """Examples per second of co-training, over PEFT and Trainer in the same run, and peaks of memory."""
+    found = lines("cotrain_cost")[1:]
+    rows = [
+        "| blocks with adapters | | | examples per CPU second | over PEFT | peak memory | rounds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows += [
+        f"| {one['first_layer']} to 5 | {one['dtype']} | {one['side']} | {one['examples_per_cpu_s']:.1f} "
+        f"| {over_peft(found, one):.2f} | {one['peak_mb']} MB | {one['rounds']} |"
+        for one in found
+    ]
+    return "\n".join(rows)
+
+
 def generate() -> str:
     """Useful new tokens per second: transformers' two ways, PEFT, and ours with and without compositions."""
     found = [one for one in lines("generate") if "hidden" in one]
@@ -120,7 +136,10 @@ def _equalities(found: Sequence[dict[str, Any]]) -> str:
     )
 
 
-TABLES = {"machine": machine, "forward": forward, "end_to_end": end_to_end, "fdu": fdu, "generate": generate}
+TABLES = {
+    "machine": machine, "forward": forward, "end_to_end": end_to_end, "fdu": fdu, "generate": generate,
+    "cotrain_cost": cotrain_cost,
+}  # fmt: skip
 
 
 def with_tables(text: str) -> str:
