@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE ?= 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve train test test-clients check fmt lint types bench bench-http bench-generate bench-fdu bench-prompts bench-cotrain lock clean
+.PHONY: bench-method bench-synthetic help setup demo serve train test test-clients check fmt lint types bench bench-http bench-generate bench-fdu bench-prompts bench-cotrain lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -81,6 +81,18 @@ bench-prompts: setup ## predict the measured transfer of ../shared/data/relation
 
 bench-cotrain: setup ## co-training next to PEFT and Trainer, task after task; writes tests/bench/results/cotrain_cost.jsonl
 	$(BIN)/python -W ignore -m tests.bench.cotrain_cost
+
+METHOD := tests/bench/results/method
+DATA ?= ../shared/data
+bench-method: setup ## every way to compose on the suites fdu and mixed; hours, goes on where it was; writes tests/bench/results/method
+	$(BIN)/python -W ignore -m training evaluate --workers 2 --name fdu --data $(DATA)/fdu_mtl --seeds 0,1,2 --examples 30,100 --out $(METHOD)/fdu
+	$(BIN)/python -W ignore -m training evaluate --workers 2 --name mixed --data $(DATA)/fdu_mtl,$(DATA)/clinc150_domains --seeds 0,1,2 --examples 30,100 --out $(METHOD)/mixed
+	$(BIN)/python -W ignore -m training evaluate --workers 2 --name fdu --data $(DATA)/fdu_mtl --examples all --methods single,shared,ours-joint --out $(METHOD)/fdu
+	$(BIN)/python -W ignore -m training evaluate --workers 2 --name fdu --data $(DATA)/fdu_mtl --examples 30 --methods sweep --out $(METHOD)/fdu
+	$(BIN)/python -W ignore -m training report --results $(METHOD)/fdu,$(METHOD)/mixed --out $(METHOD)
+
+bench-synthetic: setup ## weights of known mixtures, found again; writes tests/bench/results/synthetic.jsonl
+	$(BIN)/python -W ignore -m tests.bench.synthetic
 
 lock: ## resolve the dependencies anew into requirements.lock
 	echo "$(TORCH)" > build-constraints.tmp

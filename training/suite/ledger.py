@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import ConfigError, RunError
-from training.suite.plan import Cell, Job
+from training.suite.plan import NODES, Cell, Job
 
 FAILED = "failed"
 
@@ -64,8 +64,16 @@ class Ledger:
         self.errors_file.unlink(missing_ok=True)
 
     def done(self) -> set[str]:
-        """Keys of the jobs that have a line. Asked often, and lines may be long: only what is new is read."""
-        return {f"{file.stem}.{method}" for file in self._files() for method in self._methods(file)}
+        """Keys of the jobs that have a line. Asked often, and lines may be long: only what is new is read.
+
+        Nodes count while they are there: lines are kept and shared, nodes are large and can be made again.
+        """
+        return {
+            f"{file.stem}.{method}"
+            for file in self._files()
+            for method in self._methods(file)
+            if method != NODES or (self.cells / file.stem / NODES / "nodes.json").is_file()
+        }
 
     def _methods(self, file: Path) -> set[str]:
         start, methods = self._known.get(file, (0, set()))
@@ -117,7 +125,7 @@ class Ledger:
 
     def nodes(self, cell: Cell) -> Path:
         """Folder of a cell's node adapters."""
-        return self.cells / cell.name / "nodes"
+        return self.cells / cell.name / NODES
 
     def relations(self, cell: Cell) -> Path:
         """File of a cell's relations."""

@@ -3,7 +3,7 @@
 nodes ──▶ relations, pluggable and unknown methods;   joint methods and sweeps train their own adapters and need nothing
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from training.errors import ConfigError
@@ -68,6 +68,12 @@ def jobs(config: EvaluateConfig, methods: Mapping[str, Method], *, relate: bool)
     chosen = chosen_methods(config.methods, methods, relate=relate)
     asked = relate and (RELATIONS in config.methods or not config.methods)
     return [job for cell in cells(config) for job in _of_cell(cell, chosen, asked)]
+
+
+def needed(planned: Sequence[Job], done: Set[str]) -> list[Job]:
+    """The jobs without those that nothing waits for: nodes of cells whose methods all have their lines."""
+    waiting = {key for job in planned if job.key not in done for key in job.needed}
+    return [job for job in planned if job.method != NODES or job.key in done or job.key in waiting]
 
 
 def chosen_methods(wanted: Sequence[str], methods: Mapping[str, Method], *, relate: bool) -> list[Method]:

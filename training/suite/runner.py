@@ -18,7 +18,7 @@ from training.suite.crew import Crew
 from training.suite.forecast import Forecast, by_key, told
 from training.suite.identity import commit, digest, identity
 from training.suite.ledger import Ledger
-from training.suite.plan import SETUP, Job, jobs
+from training.suite.plan import SETUP, Job, jobs, needed
 from training.suite.report import report
 from training.suite.settings import EvaluateConfig, ReportConfig
 from training.suite.worker import Event, Work, Worker
@@ -35,6 +35,7 @@ def evaluate(config: EvaluateConfig, on_job: OnJob | None = None) -> Ledger:
     found = identity(config)
     ledger = Ledger(config.folder, digest(found))
     with ledger.opened(found):
+        planned = needed(planned, ledger.done())
         work = Work(config, planned, ledger.setting, commit())
         _work(work, ledger, on_job)
         _check(ledger, planned)
@@ -62,6 +63,7 @@ def dry_run(config: EvaluateConfig) -> None:
     ledger = Ledger(config.folder, digest(found))
     ledger.check(found)
     done = ledger.done()
+    planned = needed(planned, done)
     for cell in dict.fromkeys(job.cell for job in planned):
         own = [job for job in planned if job.cell == cell]
         say(f"{config.suite}, {cell.size} examples, seed {cell.seed}: {len(own)} jobs")

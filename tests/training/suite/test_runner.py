@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,6 +81,22 @@ def test_a_stopped_run_goes_on_to_the_same_lines(suite_config: Make, tmp_path: P
 
     assert len({key for _, key, _ in seen}) == len(seen) == 6
     assert without_cost(again) == without_cost(whole)
+
+
+def test_nodes_that_are_gone_are_made_again_when_something_needs_them(suite_config: Make, tmp_path: Path) -> None:
+    """Lines are kept and shared; the node adapters beside them need not be."""
+    first = runner.evaluate(suite_config(seeds=(0,), methods=("single",)))
+    before = without_cost(first)
+    shutil.rmtree(first.cells / "6-0")
+    assert without_cost(runner.evaluate(suite_config(seeds=(0,), methods=("single",)))) == before
+    assert not (first.cells / "6-0").exists()
+
+    again = runner.evaluate(suite_config(seeds=(0,)))
+
+    assert {line["method"] for line in again.lines()} == {"nodes", "single", "uniform"}
+    whole = runner.evaluate(suite_config(seeds=(0,), out=tmp_path / "whole"))
+    kept = {line["method"]: line["accuracy"] for line in again.lines()}
+    assert kept == {line["method"]: line["accuracy"] for line in whole.lines()}
 
 
 def test_two_workers_give_what_one_gives(suite_config: Make, tmp_path: Path) -> None:
