@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.bench import method_tables
 from tests.bench.cotrain_cost import over_peft
 from tests.bench.rounds import RESULTS
 
@@ -138,7 +139,7 @@ def _equalities(found: Sequence[dict[str, Any]]) -> str:
 
 TABLES = {
     "machine": machine, "forward": forward, "end_to_end": end_to_end, "fdu": fdu, "generate": generate,
-    "cotrain_cost": cotrain_cost,
+    "cotrain_cost": cotrain_cost, "method": method_tables.method, "synthetic": method_tables.synthetic,
 }  # fmt: skip
 
 

@@ -47,12 +47,14 @@ def oracle(bench: Workbench, nodes: Nodes | None) -> Matrix:
     return relating.oracle(relating.transfer(bench, nodes))
 
 
-def _pluggable(relations: Relations) -> Callable[[Workbench, Nodes], Result]:
+def _pluggable(relations: Relations, *, leaves_out: bool = False) -> Callable[[Workbench, Nodes], Result]:
     def run(bench: Workbench, nodes: Nodes) -> Result:
         found = compose(bench, nodes, relations(bench, nodes))
         pooled = pooled_under(bench, nodes, found.weights, bench.test)
         facts = dict(found.facts) | {"accuracy_own_heads": accuracies(nodes.heads, pooled, bench.test)}
         facts |= shapes.of_weights(found.weights, nodes.adapters, bench.tail.encoder.sites)
+        if leaves_out:
+            facts |= shapes.of_leaving_out(bench, nodes, found.weights, found.heads)
         return Result(accuracies(found.heads, pooled, bench.test), found.weights, facts)
 
     return run
@@ -71,7 +73,7 @@ def _joint(relations: Relations) -> Callable[[Workbench, Nodes], Result]:
 
 
 _ALL = (
-    Method("ours", "pluggable", _pluggable(estimated), "this project"),
+    Method("ours", "pluggable", _pluggable(estimated, leaves_out=True), "this project"),
     Method("ours-random", "pluggable", _pluggable(renamed), "falsifier"),
     Method("ours-joint", "joint", _joint(estimated), "this project"),
     Method("ours-joint-random", "joint", _joint(renamed), "falsifier"),

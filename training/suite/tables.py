@@ -175,6 +175,9 @@ SHAPES = {
     "active_slots": "rank slots per token",
     "overlap": "redundancy, sum g g cos^2",
     "path_flips": "path flips",
+    "useful_share": "weight on modules that help",
+    "precision_at_5": "precision at 5",
+    "gain_agreement": "Spearman of weights and gains",
     "loss_spikes": "loss spikes",
     "norm_variation": "variation of gradient norms",
 }
