@@ -16,7 +16,7 @@ from training.relations.heatmap import cluster
 
 DPI = 110
 MOST_PANELS = 16  # tasks with a panel of their own; of more, one is shown
-MOST_EDGES = 120  # of a drawn graph: the strongest
+EDGES_EACH = 3  # of a drawn graph, at least, per task: the strongest
 MOST_NAMED = 40  # tasks whose names are written beside a matrix
 
 
@@ -55,14 +55,13 @@ def _matrix(axes: Axes, values: Matrix, order: Sequence[int], tasks: Sequence[st
 
 
 def graph(tasks: Sequence[str], relations: Matrix, families: Sequence[str], file: Path, title: str) -> None:
-    """The relation graph: width and darkness of an edge by |weight|, dashed if negative, colours by family."""
-    drawn = nx.Graph()
-    drawn.add_nodes_from(range(len(tasks)))
+    """The relation graph: each task's strongest edges and the strongest negative ones; related tasks lie close.
+
+    Width and darkness of an edge by |weight|, dashed if negative, colours by family.
+    """
     both = (relations + relations.T) / 2
-    edges = [(i, j, float(both[i, j])) for i in range(len(tasks)) for j in range(i) if both[i, j]]
-    edges = sorted(edges, key=lambda edge: -abs(edge[2]))[:MOST_EDGES]
-    drawn.add_weighted_edges_from([(i, j, abs(value)) for i, j, value in edges])
-    places = nx.spring_layout(drawn, seed=0, iterations=100)
+    edges = strongest_edges(both)
+    places = _places(both)
     figure = new_figure(8, 7)
     axes = figure.subplots()
     largest = max((abs(value) for _, _, value in edges), default=1.0)
@@ -77,6 +76,23 @@ def graph(tasks: Sequence[str], relations: Matrix, families: Sequence[str], file
     axes.set_title(title, fontsize=10)
     axes.set_axis_off()
     figure.savefig(file, dpi=DPI)
+
+
+def strongest_edges(both: Matrix, each: int = EDGES_EACH) -> list[tuple[int, int, float]]:
+    """(i, j, weight) with i > j: of each node the `each` largest |weights|, without repeats and zeros."""
+    off = np.where(np.eye(len(both), dtype=bool), 0, both)
+    chosen = {(max(i, int(j)), min(i, int(j))) for i, row in enumerate(off) for j in np.argsort(-np.abs(row))[:each]}
+    return [(i, j, float(off[i, j])) for i, j in sorted(chosen) if off[i, j]]
+
+
+def _places(both: Matrix) -> dict[int, Matrix]:
+    """Positions whose distances are those of the relations as well as a plane allows: 1 - R, from 0.25 to 1."""
+    size = len(both)
+    scaled = np.clip(both, 0, None) / max(float(np.abs(both - np.diag(both.diagonal())).max()), 1e-9)
+    apart = 1 - 0.75 * np.clip(scaled, 0, 1)
+    distances = {i: {j: float(apart[i, j]) for j in range(size) if i != j} for i in range(size)}
+    found: dict[int, Matrix] = nx.kamada_kawai_layout(nx.complete_graph(size), dist=distances)
+    return found
 
 
 def _nodes(axes: Axes, tasks: Sequence[str], families: Sequence[str], places: Matrix) -> None:

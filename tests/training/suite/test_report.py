@@ -149,3 +149,8 @@ def test_sweeps_are_sorted_by_value_and_size() -> None:
     own = found["toy", "c"]
     assert set(own) == {("ours", 30), ("ours", "all")}
     assert list(own["ours", 30]) == [0.2, 0.5]
+
+
+def test_a_drawn_graph_keeps_each_tasks_strongest_edges() -> None:
+    both = np.array([[1.0, 0.9, 0.8, 0.0], [0.9, 1.0, 0.7, 0.0], [0.8, 0.7, 1.0, -0.1], [0.0, 0.0, -0.1, 1.0]])
+    assert plots.strongest_edges(both, each=1) == [(1, 0, 0.9), (2, 0, 0.8), (3, 2, -0.1)]
