@@ -25,6 +25,7 @@ from training.suite.workbench import Texts, Workbench
 
 EXAMPLES = 20
 NEIGHBOURS = 6
+FREE_L2 = 1e-2
 Row = Callable[[int, list[int]], np.ndarray]  # task, the others -> (others,) pi_u
 
 
@@ -77,7 +78,9 @@ def _heads(
     found = []
     for t, part in enumerate(few(bench)):
         known = [head if k != t else blank[t] for k, head in enumerate(nodes.heads)]
-        found.append(refitted(tied_head(bench, known, rows[t], t, 0.0), pooled[t], part.targets, choices.l2))
+        start = tied_head(bench, known, rows[t], t, 0.0)
+        near = choices.l2 if start[0].any() else FREE_L2  # nothing to stay near: no other task has these labels
+        found.append(refitted(start, pooled[t], part.targets, near))
     return found
 
 
@@ -142,7 +145,8 @@ def _best_head(
     """With a head from nothing; facts: with our head, which starts from the others' heads for the same labels."""
     blank = [(torch.zeros_like(weight), torch.zeros_like(bias)) for weight, bias in nodes.heads]
     own = [
-        refitted(head, pooled, part.targets, 1e-2) for head, pooled, part in zip(blank, train, few(bench), strict=True)
+        refitted(head, pooled, part.targets, FREE_L2)
+        for head, pooled, part in zip(blank, train, few(bench), strict=True)
     ]
     alike = torch.ones(len(bench.tasks), len(bench.tasks)).fill_diagonal_(0)
     tied = _heads(bench, nodes, alike, train, USUAL)
