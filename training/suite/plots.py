@@ -16,6 +16,7 @@ from training.relations.heatmap import cluster
 
 DPI = 110
 MOST_PANELS = 16  # tasks with a panel of their own; of more, one is shown
+MOST_EDGES = 90  # of a drawn graph
 EDGES_EACH = 3  # of a drawn graph, at least, per task: the strongest
 MOST_NAMED = 40  # tasks whose names are written beside a matrix
 
@@ -60,9 +61,9 @@ def graph(tasks: Sequence[str], relations: Matrix, families: Sequence[str], file
     Width and darkness of an edge by |weight|, dashed if negative, colours by family.
     """
     both = (relations + relations.T) / 2
-    edges = strongest_edges(both)
+    edges = sorted(strongest_edges(both), key=lambda edge: -abs(edge[2]))[:MOST_EDGES]
     places = _places(both)
-    figure = new_figure(8, 7)
+    figure = new_figure(7, 6)
     axes = figure.subplots()
     largest = max((abs(value) for _, _, value in edges), default=1.0)
     for i, j, value in edges:
