@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from transformers import AutoModel, BertConfig
 
@@ -182,7 +183,8 @@ def main() -> None:
     parser.add_argument("--examples", default="50,200")
     parser.add_argument("--seeds", default="0,1,2")
     options = parser.parse_args()
-    lines = [measure(int(n), int(s)) for n in options.examples.split(",") for s in options.seeds.split(",")]
+    worlds = [(int(n), int(seed)) for n in options.examples.split(",") for seed in options.seeds.split(",")]
+    lines = [measure(*one) for one in track(worlds, "worlds", console=Console(stderr=True))]
     table = Table(*lines[0], title="adapter weight precision")
     for line in lines:
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in line.values()))
