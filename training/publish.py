@@ -1,5 +1,7 @@
 """publish: a finished run's adapters become versions in a store."""
 
+from adapters_store.adapter import Adapter
+from adapters_store.manifest import Manifest
 from adapters_store.store import AdapterStore
 from training import export
 from training.config import PublishConfig
@@ -28,6 +30,13 @@ def publish(config: PublishConfig) -> list[str]:
 
 def _publish(store: AdapterStore, run: Run, name: str, config: PublishConfig) -> str:
     manifest, adapter = export.read(run.adapters / name)
+    return as_version(store, manifest, adapter, config.actor, config.alias).reference
+
+
+def as_version(
+    store: AdapterStore, manifest: Manifest, adapter: Adapter, actor: str, alias: str | None = None
+) -> Manifest:
+    """Publish an adapter with what its manifest says of it; the manifest that the store gives it."""
     return store.publish(
         adapter,
         name=manifest.name,
@@ -39,6 +48,6 @@ def _publish(store: AdapterStore, run: Run, name: str, config: PublishConfig) ->
         provenance=manifest.provenance,
         golden=manifest.golden,
         generation=manifest.generation,
-        alias=config.alias,
-        actor=config.actor,
-    ).reference
+        alias=alias,
+        actor=actor,
+    )

@@ -129,22 +129,6 @@ class _Nothing:
         return []
 
 
-@contextmanager
-def _gradients_from(bench: Workbench) -> Iterator[None]:
-    """While inside, gradients flow back to what reaches the tail's first block, as they do under adapters there."""
-    stack = next(module for module in bench.tail.encoder.model.modules() if isinstance(module, nn.ModuleList))
-
-    def begin(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:  # torch's signature
-        return (args[0].detach().requires_grad_(), *args[1:])
-
-    inner = next(iter(stack[bench.tail.first].children()))  # behind the tail's own hook, which brings what was read
-    handle = inner.register_forward_pre_hook(begin)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 class Classifier(nn.Module):
     """A backbone with mean pooling and a linear head, as users of Trainer write it."""
 

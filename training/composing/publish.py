@@ -20,6 +20,7 @@ from adapters_store.prior import Prior
 from adapters_store.store import AdapterStore
 from training.composing.settings import Composing
 from training.progress import bar, say
+from training.publish import as_version
 from training.suite.heads import HeadTensors, accuracy
 from training.suite.modules import mixes
 from training.suite.workbench import Workbench
@@ -38,7 +39,7 @@ def publish(
     with bar(len(new), "publishing") as shown:
         published = []
         for manifest, adapter in new:
-            published.append(_version(store, manifest, adapter, config.actor))
+            published.append(as_version(store, manifest, adapter, config.actor))
             shown.advance(note=published[-1].reference)
     document = document_of({one.name: one.reference for one in published})
     _tell_width(document)
@@ -60,21 +61,6 @@ def _tell_width(document: Document) -> None:
         say(
             f"up to {widest} adapters for one row: serve with --max-adapters {widest}, or set the knob top_k or epsilon"
         )
-
-
-def _version(store: AdapterStore, manifest: Manifest, adapter: Adapter, actor: str) -> Manifest:
-    return store.publish(
-        adapter,
-        name=manifest.name,
-        task=manifest.task,
-        kind=manifest.kind,
-        backbone=manifest.backbone,
-        hyperparameters=manifest.hyperparameters,
-        metrics=manifest.metrics,
-        provenance=manifest.provenance,
-        golden=manifest.golden,
-        actor=actor,
-    )
 
 
 def described(document: Document, tasks: Sequence[Task]) -> Document:
