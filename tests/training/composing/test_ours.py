@@ -13,7 +13,9 @@ from training.composing import unknown
 from training.composing.compose import Learning, learn
 from training.composing.cotrain import Settings, cotrain
 from training.composing.mass import norm_preserving
+from training.composing.ours import OURS
 from training.composing.pluggable import Choices, compose, prior_rows, tied_head, weights_of
+from training.errors import DataError
 from training.suite import relating
 from training.suite.heads import Heads
 from training.suite.joint import Recipe
@@ -162,3 +164,10 @@ def test_a_renamed_graph_keeps_its_degrees() -> None:
 
 def test_mixes_of_composed_weights_run(tiny_bench: Workbench, nodes: Nodes) -> None:
     assert len(mixes(compose(tiny_bench, nodes, np.ones((3, 3)), Choices(c=0.5)).weights)) == 3
+
+
+def test_a_suite_of_one_task_has_no_unknown_tasks(tiny_bench: Workbench, nodes: Nodes) -> None:
+    alone = Nodes(nodes.adapters[:1], nodes.heads[:1])
+    for method in (method for method in OURS.values() if method.regime == "unknown"):
+        with pytest.raises(DataError, match="at least 2 tasks"):
+            method.run(tiny_bench.only([0]), alone)
