@@ -61,7 +61,7 @@ class Encoder:
         rows: token ids; mixes: one per row, None for the bare backbone; poolings: "mean", "cls", "last" or "pooler".
         Returns (rows, hidden_size) float32. reference=True runs the slow specification (needs keeps_reference).
         """
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # neighbours of equal length share attention calls
+        order = self.order(rows, mixes)
         lengths = [len(rows[i]) for i in order]
         batch = MixedBatch.of([(len(rows[i]), mixes[i]) for i in order], self.num_layers, self.device)
         ordered = [rows[i] for i in order]
@@ -73,12 +73,20 @@ class Encoder:
 
     def states(self, rows: Rows, mixes: Sequence[Mix | None], *, reference: bool = False) -> list[Tensor]:
         """Hidden states of each row's tokens under its mix, (length, hidden_size) each, in one forward."""
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        order = self.order(rows, mixes)
         batch = MixedBatch.of([(len(rows[i]), mixes[i]) for i in order], self.num_layers, self.device)
         run = self._packed if self.is_packed else self._padded
         pieces = torch.split(run([rows[i] for i in order], batch, reference), [len(rows[i]) for i in order])
         by_row = dict(zip(order, pieces, strict=True))
         return [by_row[i] for i in range(len(rows))]
+
+    def order(self, rows: Rows, mixes: Sequence[Mix | None]) -> list[int]:
+        """In what order rows run: by length, so that neighbours share attention calls.
+
+        With gradients first by mix, so that neighbours share an adapter's products too (primitives/differentiable.py).
+        """
+        of_mix = {id(mix): n for n, mix in enumerate(mixes)} if torch.is_grad_enabled() else {}
+        return sorted(range(len(rows)), key=lambda i: (of_mix.get(id(mixes[i]), 0), len(rows[i])))
 
     def _packed(self, rows: Rows, batch: MixedBatch, reference: bool) -> Tensor:
         """(tokens, d) hidden states, rows side by side."""

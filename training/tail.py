@@ -52,7 +52,7 @@ class Tail:
         poolings = [pooling] * len(rows)
         if not self.first:
             return self.encoder.pool(rows, mixes, poolings)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # the encoder's own order: sorting is stable
+        order = self.encoder.order(rows, mixes)
         reaching = torch.cat([_known(states[i]) for i in order])
         with self._above(reaching):
             pooled = self.encoder.pool([rows[i] for i in order], [mixes[i] for i in order], poolings)

@@ -1,88 +1,149 @@
-"""Low-rank deltas of a mixed batch with gradients, as one autograd node per site: two_layer.fold without its gathers.
+"""Low-rank deltas of a mixed batch with gradients, as one autograd node per site.
 
-out + sum_k w_k B_k A_k x, with gradients for out, x, A, B and w, for rows that use few of the batch's adapters. `fold`
-gathers tokens by mix, whose gradient is a slow scatter; rows are contiguous, so each row is multiplied with its own
-factors where it lies, rows of equal length together.
+out + sum_k w_k B_k A_k x, with gradients for out, x, A, B and w. Neighbouring rows whose mixes use the same adapters
+share their products, and these use no other adapter's ranks; weights are multiplied in between, mix by mix, on views.
+Plain torch (two_layer.py) gathers weights or tokens by mix, whose gradients are slow scatters. On a GPU, where many
+small products are many launches, plain torch serves.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.utils.rnn import pad_sequence
 
 from adapters_store.mixing import Selection
-from adapters_store.packing import runs_of
 from adapters_store.primitives.two_layer import Pair
 
-_MUCH = 3  # products per row are less efficient than one product: they pay from this many times fewer ranks on
+
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring tokens whose mixes use the same adapters.
+
+    ranks: (R,) int64 of these among all ranks, None for all of them; spans: (start, stop, mix), counted within tokens.
+    """
+
+    tokens: slice
+    ranks: Tensor | None
+    spans: Sequence[tuple[int, int, int]]
 
 
-def pays(pairs: Sequence[Pair], chosen: Sequence[Sequence[int]]) -> bool:
-    """True where rows use few of these adapters' ranks. chosen: for each mix the places of its adapters in pairs."""
-    own = max(sum(pairs[i].rank for i in row) for row in chosen)
-    return own * _MUCH <= sum(pair.rank for pair in pairs)
-
-
-def by_row(
+def by_mix(
     out: Tensor, x: Tensor, pairs: Sequence[Pair], chosen: Sequence[Sequence[int]], weights: Tensor,
     selection: Selection,
 ) -> Tensor:  # fmt: skip
-    """Give out + the delta; every token of the batch is in the selection. out: (n, d_out); x: (n, d_in).
+    """Give out + the delta. out: (tokens, d_out); x: (tokens, d_in), of the whole batch, of one dtype.
 
-    chosen: (m,) for each mix the places of its adapters in pairs; weights: (m, slots) float32.
+    chosen: (m,) for each mix of the selection the places of its adapters in pairs; weights: (m, slots) float32.
     """
-    A = [torch.cat([pairs[i].A for i in row]) for row in chosen]
-    B = [torch.cat([pairs[i].B.mT * weights[m, i] for i in row]) for m, row in enumerate(chosen)]
-    stacked = (pad_sequence(parts, batch_first=True).to(x.dtype) for parts in (A, B))  # (m, R, d_in), (m, R, d_out)
-    runs = runs_of(selection.batch.lengths)
-    found: Tensor = _ByRow.apply(out, x, *stacked, selection.local_mix_of_row, runs)  # type: ignore[no-untyped-call]
+    A, B = torch.cat([pair.A for pair in pairs]), torch.cat([pair.B.mT for pair in pairs])  # (R, d_in), (R, d_out)
+    ranks = torch.tensor([pair.rank for pair in pairs])
+    found: Tensor = _ByMix.apply(  # type: ignore[no-untyped-call]
+        out, x, A, B, weights.repeat_interleave(ranks, dim=1), _groups(selection, chosen, ranks)
+    )
     return found
 
 
-def _sums(values: Tensor, mix: Tensor, count: int) -> Tensor:
-    """(count, R) sums of (n, R) values by mix; a product, because adding row by row takes longer."""
-    return torch.nn.functional.one_hot(mix, count).to(values.dtype).mT @ values
+def _groups(selection: Selection, chosen: Sequence[Sequence[int]], ranks: Tensor) -> list[Group]:
+    """The batch's tokens in order; rows without any of these adapters are in no group."""
+    batch, of_mix = selection.batch, {mix: m for m, mix in enumerate(selection.mixes.tolist())}
+    ends = [*batch.row_start, batch.num_tokens]
+    rows = [
+        (start, stop, of_mix.get(mix, -1)) for (start, stop), mix in zip(pairwise(ends), batch.mix_of_row, strict=True)
+    ]
+    found = []
+    for used, part in groupby(rows, lambda row: tuple(chosen[row[2]]) if row[2] >= 0 else ()):
+        if used:
+            spans = list(part)
+            start = spans[0][0]
+            merged = [list(own) for _, own in groupby(spans, lambda span: span[2])]
+            within = [(own[0][0] - start, own[-1][1] - start, own[0][2]) for own in merged]
+            found.append(Group(slice(start, spans[-1][1]), _places(used, ranks), within))
+    return found
 
 
-class _ByRow(torch.autograd.Function):
+def _places(used: Sequence[int], ranks: Tensor) -> Tensor | None:
+    """Where the ranks of these adapters lie among all; None for all in order."""
+    if list(used) == list(range(len(ranks))):
+        return None
+    begin = (ranks.cumsum(0) - ranks).tolist()
+    return torch.cat([torch.arange(begin[i], begin[i] + int(ranks[i])) for i in used])
+
+
+class _ByMix(torch.autograd.Function):
+    """A: (R, d_in) and B: (R, d_out) in the dtype they train in; weights: (m, R), a rank's weight in each mix."""
+
     @staticmethod
-    def forward(ctx: Any, out: Tensor, x: Tensor, A: Tensor, B: Tensor, mix: Tensor, runs: Any) -> Tensor:
-        hidden, delta = x.new_empty(len(x), A.shape[1]), torch.empty_like(out)
-        for tokens, rows in _places(runs):
-            at, own = mix[rows], (len(mix[rows]), -1)
-            part = torch.bmm(x[tokens].reshape(*own, x.shape[1]), A[at].mT)
-            hidden[tokens] = part.flatten(0, 1)
-            delta[tokens] = torch.baddbmm(out[tokens].reshape(*own, out.shape[1]), part, B[at]).flatten(0, 1)
-        ctx.save_for_backward(x, A, B, mix, hidden)
-        ctx.runs = runs
-        return delta
+    def forward(
+        ctx: Any, out: Tensor, x: Tensor, A: Tensor, B: Tensor, weights: Tensor, groups: Sequence[Group]
+    ) -> Tensor:
+        A, B, weights = (tensor.to(x.dtype) for tensor in (A, B, weights))
+        found, hidden = out.clone(), []
+        for group in groups:
+            inner = x[group.tokens] @ _at(A, group).mT
+            hidden.append(inner)
+            found[group.tokens].addmm_(_weighted(inner, weights, group), _at(B, group))
+        ctx.save_for_backward(x, A, B, weights, *hidden)
+        ctx.groups = groups
+        return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B, mix, hidden = ctx.saved_tensors
-        grad, wants_x = grad.contiguous(), ctx.needs_input_grad[1]
-        grad_x = torch.empty_like(x) if wants_x else None
-        of_A, of_B = A.new_empty(len(mix), *A.shape[1:]), B.new_empty(len(mix), *B.shape[1:])  # of each row
-        for tokens, rows in _places(ctx.runs):
-            at, own = mix[rows], (len(mix[rows]), -1)
-            g, inner = grad[tokens].view(*own, grad.shape[1]), hidden[tokens].view(*own, hidden.shape[1])
-            of_B[rows] = torch.bmm(inner.mT, g)
-            inner = torch.bmm(g, B[at].mT)
-            of_A[rows] = torch.bmm(inner.mT, x[tokens].reshape(*own, x.shape[1]))
+        x, A, B, weights, *hidden = ctx.saved_tensors
+        grad, wants_x, wants_weights = grad.contiguous(), ctx.needs_input_grad[1], ctx.needs_input_grad[4]
+        grad_x = torch.zeros_like(x) if wants_x else None
+        sums = _Sums(A, B, weights)
+        for group, inner in zip(ctx.groups, hidden, strict=True):
+            g, rows = grad[group.tokens], x[group.tokens]
+            sums.add_B(group, _weighted(inner, weights, group).mT @ g)
+            back = g @ _at(B, group).mT
+            if wants_weights:
+                sums.add_weights(group, back * inner)
+            back = _weighted(back, weights, group)
+            sums.add_A(group, back.mT @ rows)
             if grad_x is not None:
-                grad_x[tokens] = torch.bmm(inner, A[at]).flatten(0, 1)
-        grad_A, grad_B = (_sums(of.flatten(1), mix, len(A)).view(-1, *of.shape[1:]) for of in (of_A, of_B))
-        return grad, grad_x, grad_A, grad_B, None, None
+                torch.mm(back, _at(A, group), out=grad_x[group.tokens])
+        return grad, grad_x, sums.A, sums.B, sums.weights if wants_weights else None, None
 
 
-def _places(runs: Sequence[tuple[int, int, int]]) -> list[tuple[slice, slice]]:
-    """Of each run of rows of one length, its tokens and its rows."""
-    found, row = [], 0
-    for start, rows, length in runs:
-        found.append((slice(start, start + rows * length), slice(row, row + rows)))
-        row += rows
+class _Sums:
+    """Gradients of A, B and weights over groups, in float32 or better."""
+
+    def __init__(self, A: Tensor, B: Tensor, weights: Tensor) -> None:
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        self.A, self.B, self.weights = (torch.zeros_like(tensor, dtype=dtype) for tensor in (A, B, weights))
+
+    def add_A(self, group: Group, part: Tensor) -> None:  # noqa: N802  # what the formulas call it
+        _add(self.A, group, part)
+
+    def add_B(self, group: Group, part: Tensor) -> None:  # noqa: N802
+        _add(self.B, group, part)
+
+    def add_weights(self, group: Group, products: Tensor) -> None:
+        """products: (tokens, R) of gradient and hidden."""
+        for start, stop, mix in group.spans:
+            part = products[start:stop].sum(0, dtype=self.weights.dtype)
+            _add(self.weights[mix], group, part)
+
+
+def _at(tensor: Tensor, group: Group) -> Tensor:
+    return tensor if group.ranks is None else tensor[group.ranks]
+
+
+def _add(sums: Tensor, group: Group, part: Tensor) -> None:
+    if group.ranks is None:
+        sums += part
+    else:
+        sums.index_add_(0, group.ranks, part.to(sums.dtype))
+
+
+def _weighted(hidden: Tensor, weights: Tensor, group: Group) -> Tensor:
+    """(tokens, R) hidden times the weights of each token's mix."""
+    found = torch.empty_like(hidden)
+    for start, stop, mix in group.spans:
+        torch.mul(hidden[start:stop], _at(weights[mix], group), out=found[start:stop])
     return found

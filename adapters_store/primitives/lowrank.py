@@ -111,10 +111,9 @@ class LowRankBank(Bank):
             return out
         slots = self.chosen(batch)
         selection, pairs = batch.select(slots), [self.slots[slot].pair for slot in slots]
-        if torch.is_grad_enabled() and selection.tokens is None and x.dtype == out.dtype and not cost.is_forced():
+        if torch.is_grad_enabled() and x.dtype == out.dtype and x.device.type == "cpu" and not cost.is_forced():
             weights = selection.weights(self.place.layer)
-            if differentiable.pays(pairs, chosen := two_layer.acting(weights, selection)):
-                return differentiable.by_row(out, x, pairs, chosen, weights, selection)
+            return differentiable.by_mix(out, x, pairs, two_layer.acting(weights, selection), weights, selection)
         form = two_layer.dense if path == "dense" else two_layer.fold
         return add_at(out, selection.tokens, form(pick(x, selection.tokens), pairs, selection, self.place.layer, None))
 

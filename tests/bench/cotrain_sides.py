@@ -1,6 +1,6 @@
 """The sides of cotrain_cost.py, each in a process of its own, so that each has a peak of memory of its own.
 
-They take turns step by step: a line on stdin is a turn, the answer is a line of JSON with the CPU seconds it took. What
+They take turns step by step: a line on stdin is a turn, the answer is a line of JSON with the seconds it took. What
 no side is charged for (imports, reading and tokenising texts, loading models, Trainer's start-up) lies outside turns.
 """
 
@@ -29,16 +29,17 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from training.composing.cotrain import cotrain
+from adapters_store.graph import Knobs
+from training.composing.cotrain import KNOBS, Settings, cotrain
 from training.suite import joint, relating
 from training.suite.heads import Heads
 from training.suite.joint import Recipe
-from training.suite.modules import Modules, one_hot
+from training.suite.modules import Modules, mixes, one_hot
 from training.suite.workbench import Setting, Workbench, prepare
 
 BATCH = 8
 RANK, ALPHA = 8, 16
-PEFT_TARGETS = ["query", "key", "value", "dense"]
+PEFT_TARGETS = {"all-linear": ["query", "key", "value", "dense"], "query,value": ["query", "value"]}
 
 
 class Turns(Protocol):
@@ -48,7 +49,12 @@ class Turns(Protocol):
         """Block until it is this side's turn; False if no more is wanted."""
 
     def tell(self, seconds: float, examples: int) -> None:
-        """CPU seconds that so many examples took."""
+        """Seconds that so many examples took."""
+
+
+def now() -> float:
+    """CPU seconds of one thread; where there are several, what counts is the clock."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 class StepTurns:
@@ -61,9 +67,9 @@ class StepTurns:
     def advance(self, count: int = 1, note: str = "") -> None:  # Bar's signature
         """A step is done."""
         if self._began is not None:
-            self._turns.tell(time.process_time() - self._began, self._examples)
+            self._turns.tell(now() - self._began, self._examples)
         self._turns.wait()
-        self._began = time.process_time()
+        self._began = now()
 
     def say(self, line: str) -> None:
         """Nothing to show."""
@@ -78,24 +84,36 @@ def _bar(bench: Workbench, turns: Turns) -> StepTurns:
     return StepTurns(turns, sum(min(BATCH, len(texts)) for texts in bench.train))
 
 
-def prior_side(bench: Workbench, rounds: int, turns: Turns) -> None:
+def modules_of(bench: Workbench, sites: str) -> Modules:
+    """An adapter per task at these sites."""
+    return Modules(
+        bench.tail, len(bench.tasks), bench.setting.seed, hyperparameters={"target_modules": sites.split(",")}
+    )
+
+
+def prior_side(bench: Workbench, sites: str, rounds: int, turns: Turns, knobs: Knobs = KNOBS) -> None:
     """(a) Ours under the prior: every row under its task's learned weights over all modules."""
-    relations = relating.estimate(relating.of_data(bench))
-    cotrain(bench, relations, recipe(rounds), shown=_bar(bench, turns))
+    relations, modules = relating.estimate(relating.of_data(bench)), modules_of(bench, sites)
+    cotrain(bench, relations, recipe(rounds), Settings(knobs), shown=_bar(bench, turns), modules=modules)
 
 
-def apart_side(bench: Workbench, rounds: int, turns: Turns) -> None:
+def narrow_side(bench: Workbench, sites: str, rounds: int, turns: Turns) -> None:
+    """(a) under a prior that keeps a task's 8 nearest: a third of the adapters' arithmetic."""
+    prior_side(bench, sites, rounds, turns, KNOBS.model_copy(update={"neighbours": 8}))
+
+
+def apart_side(bench: Workbench, sites: str, rounds: int, turns: Turns) -> None:
     """(b) Ours apart: the same adapters, one-hot, in the same mixed batch."""
-    weights = one_hot(len(bench.tasks), bench.num_layers)
-    modules = Modules(bench.tail, len(bench.tasks), bench.setting.seed)
+    apart = mixes(one_hot(len(bench.tasks), bench.num_layers))
+    modules = modules_of(bench, sites)
     heads = Heads(bench.tasks, bench.hidden_size, bench.setting.seed)
-    joint.train(bench, modules, heads, lambda _: weights, recipe(rounds), shown=_bar(bench, turns))
+    joint.train(bench, modules, heads, lambda _: apart, recipe(rounds), shown=_bar(bench, turns))
 
 
-def bare_side(bench: Workbench, rounds: int, turns: Turns) -> None:
+def bare_side(bench: Workbench, sites: str, rounds: int, turns: Turns) -> None:  # has none
     """The bound: forward and backward of the mixed batch through the same frozen layers, with heads, no adapters."""
     heads = Heads(bench.tasks, bench.hidden_size, bench.setting.seed)
-    none = one_hot(len(bench.tasks), bench.num_layers)[:, :0]
+    none = mixes(one_hot(len(bench.tasks), bench.num_layers)[:, :0])
     with _gradients_from(bench):
         joint.train(bench, _Nothing(), heads, lambda _: none, recipe(rounds), shown=_bar(bench, turns))
 
@@ -146,22 +164,22 @@ class Classifier(nn.Module):
 
 
 class _Clock(TrainerCallback):
-    """CPU seconds from the end of the first step to the end of the last: fetching batches is in, starting up is not."""
+    """Seconds from the end of the first step to the end of the last: fetching batches is in, starting up is not."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:  # Trainer's signature
-        self.ends.append(time.process_time())
+        self.ends.append(now())
 
 
-def classifier(bench: Workbench, t: int) -> Classifier:
-    """PEFT's LoRA on the layers that ours adapts, with a head; adapters in float32, as PEFT makes them."""
+def classifier(bench: Workbench, sites: str, t: int) -> Classifier:
+    """PEFT's LoRA on the sites that ours adapts, with a head; adapters in float32, as PEFT makes them."""
     transformers_logging.set_verbosity_error()
     dtype = getattr(torch, bench.setting.dtype)
     model: Any = AutoModel.from_pretrained(bench.backbone.folder, dtype=dtype, add_pooling_layer=False)
     layers = list(range(bench.setting.first_layer, bench.num_layers))
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=PEFT_TARGETS,
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=PEFT_TARGETS[sites],
                         layers_to_transform=layers)  # fmt: skip
     return Classifier(get_peft_model(model, config), bench.hidden_size, len(bench.tasks[t].labels))
 
@@ -175,18 +193,18 @@ def arguments(folder: str, steps: int, *, autocast: bool) -> TrainingArguments:
     )  # fmt: skip
 
 
-def peft_side(bench: Workbench, rounds: int, turns: Turns, *, autocast: bool = False) -> None:
+def peft_side(bench: Workbench, sites: str, rounds: int, turns: Turns, *, autocast: bool = False) -> None:
     """(c) PEFT and Trainer, one task after another; of each a step to warm up and one that counts."""
     for _ in range(rounds):
         turns.wait()
         # every second task: the same share of long and of short texts as the whole suite
         chosen = range(0, len(bench.tasks), 2)
-        seconds = sum(_train_alone(bench, t, autocast=autocast) for t in chosen)
+        seconds = sum(_train_alone(bench, sites, t, autocast=autocast) for t in chosen)
         turns.tell(seconds, sum(min(BATCH, len(bench.train[t])) for t in chosen))
     turns.wait()
 
 
-def _train_alone(bench: Workbench, t: int, *, autocast: bool) -> float:
+def _train_alone(bench: Workbench, sites: str, t: int, *, autocast: bool) -> float:
     texts, clock = bench.train[t], _Clock()
     examples = [
         {"input_ids": row, "attention_mask": [1] * len(row), "labels": int(target)}
@@ -194,7 +212,7 @@ def _train_alone(bench: Workbench, t: int, *, autocast: bool) -> float:
     ]
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            classifier(bench, t), arguments(folder, 2, autocast=autocast), train_dataset=examples,
+            classifier(bench, sites, t), arguments(folder, 2, autocast=autocast), train_dataset=examples,
             data_collator=DataCollatorWithPadding(bench.backbone.tokenizer), callbacks=[clock],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
@@ -202,14 +220,15 @@ def _train_alone(bench: Workbench, t: int, *, autocast: bool) -> float:
     return clock.ends[-1] - clock.ends[0]
 
 
-def peft_autocast_side(bench: Workbench, rounds: int, turns: Turns) -> None:
+def peft_autocast_side(bench: Workbench, sites: str, rounds: int, turns: Turns) -> None:
     """(c) with Trainer's bf16=True."""
-    peft_side(bench, rounds, turns, autocast=True)
+    peft_side(bench, sites, rounds, turns, autocast=True)
 
 
-Side = Callable[[Workbench, int, Turns], None]
+Side = Callable[[Workbench, str, int, Turns], None]
 SIDES: dict[str, Side] = {
     "ours, prior": prior_side,
+    "ours, 8 neighbours": narrow_side,
     "ours, apart": apart_side,
     "peft": peft_side,
     "peft, autocast": peft_autocast_side,
@@ -231,11 +250,11 @@ class _Lines:
 
 
 def reading_seconds(bench: Workbench) -> float:
-    """CPU seconds per text of what lies below the tail's first block: ours computes it once per text."""
+    """Seconds per text of what lies below the tail's first block: ours computes it once per text."""
     rows = [row for texts in bench.train for row in texts.rows]
-    began = time.process_time()
+    began = now()
     bench.tail.read(rows, bench.setting.token_budget)
-    return (time.process_time() - began) / len(rows)
+    return (now() - began) / len(rows)
 
 
 def main() -> None:
@@ -244,14 +263,16 @@ def main() -> None:
     parser.add_argument("--side", choices=SIDES, required=True)
     parser.add_argument("--setting", type=json.loads, required=True)
     parser.add_argument("--rounds", type=int, required=True)
+    parser.add_argument("--sites", choices=PEFT_TARGETS, required=True)
+    parser.add_argument("--threads", type=int, required=True)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     setting = options.setting | {"data": tuple(map(Path, options.setting["data"]))}
     bench = prepare(Setting(**setting))
     tokens = sum(len(row) for texts in bench.train for row in texts.rows)
     said = {"tasks": len(bench.tasks), "tokens": tokens, "reading_s_per_text": reading_seconds(bench)}
     print(json.dumps(said), flush=True)
-    SIDES[options.side](bench, options.rounds, _Lines())
+    SIDES[options.side](bench, options.sites, options.rounds, _Lines())
 
 
 if __name__ == "__main__":

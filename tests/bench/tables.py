@@ -92,11 +92,12 @@ def cotrain_cost() -> str:
     """Examples per second of co-training, over PEFT and Trainer in the same run, and peaks of memory."""
     found = lines("cotrain_cost")[1:]
     rows = [
-        "| blocks with adapters | | | examples per CPU second | over PEFT | peak memory | rounds |",
-        "|---|---|---|---|---|---|---|",
+        "| adapters on | dtype | threads | | examples/s | over PEFT | peak memory | rounds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     rows += [
-        f"| {one['first_layer']} to 5 | {one['dtype']} | {one['side']} | {one['examples_per_cpu_s']:.1f} "
+        f"| {one['sites']}, blocks {one['first_layer']} to 5 | {one['dtype']} | {one['threads']} | {one['side']} "
+        f"| {one['examples_per_s']:.1f} "
         f"| {over_peft(found, one):.2f} | {one['peak_mb']} MB | {one['rounds']} |"
         for one in found
     ]

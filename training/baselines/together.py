@@ -11,7 +11,7 @@ from training.baselines.answering import NOTHING_MORE, answered, under
 from training.suite.heads import Heads
 from training.suite.joint import Extra, Recipe, train
 from training.suite.methods import Nodes, Result
-from training.suite.modules import Modules
+from training.suite.modules import Modules, mixes
 from training.suite.workbench import Workbench
 
 
@@ -21,7 +21,7 @@ def trained_together(
     """Modules and heads trained under weights that may be learned, then answered under the weights as they ended."""
     modules = Modules(bench.tail, count, bench.setting.seed)
     heads = Heads(bench.tasks, bench.hidden_size, bench.setting.seed)
-    history = train(bench, modules, heads, lambda _: weigh(), recipe, extra)
+    history = train(bench, modules, heads, lambda _: mixes(weigh()), recipe, extra)
     weights, frozen = weigh().detach(), heads.frozen()
     pool = under(bench, Nodes(modules.adapters(), frozen), weights)
     return answered(bench, frozen, pool, weights, {"losses": [round(loss, 5) for loss in history.losses]})

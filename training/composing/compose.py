@@ -22,6 +22,7 @@ from training.composing.cotrain import KNOBS
 from training.progress import Bar
 from training.suite.heads import Heads, HeadTensors
 from training.suite.joint import USUAL, Extra, History, Recipe, num_steps, train
+from training.suite.modules import mixes
 from training.suite.workbench import Workbench
 
 
@@ -81,7 +82,7 @@ def learn(
         return learning.closeness * losses.divergence(alpha, Pi) + learning.entropy * losses.entropy(alpha)
 
     extra = Extra([tensor for tensor in (evidence, log_mass) if tensor.requires_grad], learning.lr, penalty)
-    weigh = lambda step: allocation.weights(Pi, S, anneal(step, total))  # noqa: E731  # one formula
+    weigh = lambda step: mixes(allocation.weights(Pi, S, anneal(step, total)), Pi > 0)  # noqa: E731  # one formula
     history = train(bench, Frozen(adapters), heads, weigh, recipe, extra, shown)
     found = Allocation(evidence.detach(), log_mass.detach(), knobs)
     return Evidenced(found, found.weights(Pi, S), heads.frozen(), history)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adapters_store.graph import Knobs
+from adapters_store.mixing import Mix
 from adapters_store.primitives import Entry
 from training.composing import losses
 from training.composing.allocation import Allocation, anneal
@@ -23,7 +24,7 @@ from training.progress import Bar
 from training.relations import Matrix
 from training.suite.heads import Heads, HeadTensors
 from training.suite.joint import USUAL, Extra, History, Recipe, num_steps, train
-from training.suite.modules import Modules
+from training.suite.modules import Modules, mixes
 from training.suite.workbench import Workbench
 
 KNOBS = Knobs(c=0.9, epsilon=1e-3, threshold=0.0)
@@ -82,6 +83,11 @@ class Learned:
         Pi, S = self.prior()
         return self.allocation.weights(Pi, S, tau_gate)
 
+    def mixes(self, tau_gate: float) -> list[Mix]:
+        """What each task runs under in training: of the modules that the prior gives it none is left out."""
+        Pi, S = self.prior()
+        return mixes(self.allocation.weights(Pi, S, tau_gate), Pi > 0)
+
 
 @dataclass(frozen=True, eq=False)
 class CoTrained:
@@ -108,7 +114,7 @@ def cotrain(
     heads = Heads(bench.tasks, bench.hidden_size, bench.setting.seed, _ties(learned) if settings.ties_heads else None)
     total = num_steps(bench, recipe)
     extra = Extra(learned.tensors(), settings.lr, lambda: _penalty(learned, modules))
-    history = train(bench, modules, heads, lambda step: learned.weights(anneal(step, total)), recipe, extra, shown)
+    history = train(bench, modules, heads, lambda step: learned.mixes(anneal(step, total)), recipe, extra, shown)
     with torch.no_grad():
         weights = learned.weights()
     return CoTrained(modules, heads.frozen(), learned, weights, history, _facts(learned, weights))

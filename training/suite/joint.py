@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from adapters_store.mixing import Mix
 from adapters_store.primitives import Entry
 from training import seeds
 from training.errors import DivergedError
 from training.progress import Bar
 from training.step import micro_batches
 from training.suite.heads import Heads, logits
-from training.suite.modules import mixes, resident
+from training.suite.modules import resident
 from training.suite.workbench import Workbench
 
 
@@ -37,7 +38,7 @@ class Trained(Protocol):
         """What is trained of them."""
 
 
-Weigh = Callable[[int], Tensor]  # step -> (T, K, num_layers)
+Weigh = Callable[[int], Sequence[Mix]]  # step -> of each task the mix it runs under
 Row = tuple[int, int, int]  # task, text, texts of the task in this step
 
 
@@ -108,7 +109,10 @@ def schedule(step: int, total: int, warmup: float) -> float:
 
 
 def batch_of(bench: Workbench, recipe: Recipe, step: int) -> list[Row]:
-    """A batch of every task, by length; (seed, task, epoch) decide in what order a task goes through its texts."""
+    """A batch of every task; (seed, task, epoch) decide in what order a task goes through its texts.
+
+    Task by task, so that a forward meets few adapters; by length for a backbone that pads.
+    """
     rows: list[Row] = []
     for t, texts in enumerate(bench.train):
         per_epoch = math.ceil(len(texts) / recipe.batch_size)
@@ -116,14 +120,15 @@ def batch_of(bench: Workbench, recipe: Recipe, step: int) -> list[Row]:
         order = seeds.permutation(len(texts), bench.setting.seed, bench.names[t], "epoch", epoch)
         chosen = order[start : start + recipe.batch_size]
         rows += [(t, i, len(chosen)) for i in chosen]
-    return sorted(rows, key=lambda row: (len(bench.train[row[0]].rows[row[1]]), row[0]))
+    by_task = bench.tail.encoder.is_packed
+    return sorted(rows, key=lambda row: (row[0] if by_task else 0, len(bench.train[row[0]].rows[row[1]]), row[0]))
 
 
 def _backward(
-    bench: Workbench, modules: Trained, heads: Heads, weights: Tensor, rows: Sequence[Row], recipe: Recipe
+    bench: Workbench, modules: Trained, heads: Heads, mixed: Sequence[Mix], rows: Sequence[Row], recipe: Recipe
 ) -> float:
     """Add the gradient of one step; its loss. What all forwards of the step share is freed by the last one."""
-    mixed, total = mixes(weights), 0.0
+    total = 0.0
     lengths = [len(bench.train[t].rows[i]) for t, i, _ in rows]
     batches = list(micro_batches(bench.tail.encoder, lengths, recipe.max_tokens))
     with resident(bench.tail, [modules.entries(k) for k in range(len(modules))]):
@@ -138,10 +143,10 @@ def _backward(
     return total / len(bench.tasks)
 
 
-def _pool(bench: Workbench, rows: Sequence[Row], mixed: Sequence[object]) -> Tensor:
+def _pool(bench: Workbench, rows: Sequence[Row], mixed: Sequence[Mix]) -> Tensor:
     ids = [bench.train[t].rows[i] for t, i, _ in rows]
     states = [bench.train[t].states[i] for t, i, _ in rows]
-    return bench.tail.pool(ids, states, [mixed[t] for t, _, _ in rows], bench.backbone.default_pooling)  # type: ignore[misc]
+    return bench.tail.pool(ids, states, [mixed[t] for t, _, _ in rows], bench.backbone.default_pooling)
 
 
 def _task_loss(bench: Workbench, head: tuple[Tensor, Tensor], pooled: Tensor, rows: Sequence[Row], t: int) -> Tensor:

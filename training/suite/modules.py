@@ -85,10 +85,17 @@ def resident(tail: Tail, entries: Sequence[Sequence[Entry]]) -> Iterator[None]:
             sites.drop(slot)
 
 
-def mixes(weights: Tensor) -> list[Mix]:
-    """One mix per task from weights (T, K, num_layers): learned where they require gradients."""
-    slots = tuple(range(weights.shape[1]))
-    return [Mix(slots, row if weights.requires_grad else row.detach().float().numpy()) for row in weights]
+def mixes(weights: Tensor, reach: Tensor | None = None) -> list[Mix]:
+    """One mix per task from weights (T, K, num_layers): learned where they require gradients.
+
+    reach: (T, K) False where a weight is zero and has no gradient, so that nothing needs to be computed for it.
+    """
+    if not weights.requires_grad:
+        slots = tuple(range(weights.shape[1]))
+        return [Mix(slots, row.detach().float().numpy()) for row in weights]
+    at_hand = torch.ones(weights.shape[:2], dtype=torch.bool) if reach is None else reach
+    within = [of_task.nonzero().flatten() for of_task in at_hand]
+    return [Mix(tuple(slots.tolist()), row[slots]) for row, slots in zip(weights, within, strict=True)]
 
 
 def one_hot(num_tasks: int, num_layers: int) -> Tensor:

@@ -13,7 +13,7 @@ from training.suite.heads import Heads
 from training.suite.joint import Recipe, train
 from training.suite.ledger import write_json
 from training.suite.methods import Nodes
-from training.suite.modules import Modules, one_hot
+from training.suite.modules import Modules, mixes, one_hot
 from training.suite.workbench import Workbench
 
 RECIPE = Recipe()
@@ -23,7 +23,7 @@ def train_nodes(bench: Workbench, recipe: Recipe = RECIPE) -> Nodes:
     """An adapter and a head per task; all start from the same values."""
     modules = Modules(bench.tail, len(bench.tasks), bench.setting.seed, alike=True)
     heads = Heads(bench.tasks, bench.hidden_size, bench.setting.seed)
-    apart = one_hot(len(bench.tasks), bench.num_layers)
+    apart = mixes(one_hot(len(bench.tasks), bench.num_layers))
     train(bench, modules, heads, lambda _: apart, recipe)
     return Nodes(modules.adapters(), heads.frozen())
 

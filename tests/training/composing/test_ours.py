@@ -11,7 +11,7 @@ from adapters_store.graph import Knobs
 from tests.strategies import light
 from training.composing import unknown
 from training.composing.compose import Learning, learn
-from training.composing.cotrain import Settings, cotrain
+from training.composing.cotrain import KNOBS, Learned, Settings, cotrain
 from training.composing.mass import norm_preserving
 from training.composing.ours import OURS
 from training.composing.pluggable import Choices, compose, prior_rows, tied_head, weights_of
@@ -101,6 +101,21 @@ def test_cotraining_starts_at_the_prior_and_learns(tiny_bench: Workbench) -> Non
     still = cotrain(tiny_bench, relations, RECIPE, Settings(learns_relations=False, learns_evidence=False))
     torch.testing.assert_close(still.learned.R.detach(), still.learned.R0)
     assert len(still.learned.tensors()) == 0
+
+
+def test_leaving_out_what_the_prior_gives_nothing_changes_nothing(
+    tiny_bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relations = relating.estimate(relating.of_data(tiny_bench))
+    narrow = Settings(knobs=KNOBS.model_copy(update={"neighbours": 2}))
+    found = cotrain(tiny_bench, relations, RECIPE, narrow)
+    monkeypatch.setattr(Learned, "mixes", lambda self, tau_gate: mixes(self.weights(tau_gate)))
+    whole = cotrain(tiny_bench, relations, RECIPE, narrow)
+
+    assert ((found.weights == 0).all(dim=2)).any()
+    torch.testing.assert_close(found.weights, whole.weights)
+    torch.testing.assert_close(found.learned.R_hat, whole.learned.R_hat)
+    torch.testing.assert_close(found.heads, whole.heads)
 
 
 def test_cotraining_without_relations_shares_nothing(tiny_bench: Workbench) -> None:

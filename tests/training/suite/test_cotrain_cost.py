@@ -31,17 +31,18 @@ class _Told:
 def test_a_side_tells_of_every_round(side: str, bench: Workbench) -> None:
     told = _Told()
 
-    cotrain_sides.SIDES[side](bench, 2, told)
+    cotrain_sides.SIDES[side](bench, "all-linear", 2, told)
 
     tasks = len(range(0, 3, 2)) if side.startswith("peft") else 3
     assert [examples for _, examples in told.turns] == [8 * tasks] * 2
     assert all(seconds > 0 for seconds, _ in told.turns)
 
 
+@pytest.mark.parametrize("sites", cotrain_sides.PEFT_TARGETS)
 @pytest.mark.filterwarnings("ignore")
-def test_peft_trains_the_layers_that_ours_trains(bench: Workbench) -> None:
-    model = cotrain_sides.classifier(bench, 0)
-    ours = cotrain_sides.Modules(bench.tail, 1, 0).parameters[0]
+def test_peft_trains_the_layers_that_ours_trains(sites: str, bench: Workbench) -> None:
+    model = cotrain_sides.classifier(bench, sites, 0)
+    ours = cotrain_sides.modules_of(bench, sites).parameters[0]
 
     trained = {
         name.split("base_model.model.")[1] for name, p in model.named_parameters() if p.requires_grad and "lora" in name
@@ -51,7 +52,14 @@ def test_peft_trains_the_layers_that_ours_trains(bench: Workbench) -> None:
 
 def test_ratios_are_over_the_faster_of_pefts_ways() -> None:
     lines = [
-        {"dtype": "float32", "first_layer": 0, "side": side, "examples_per_cpu_s": rate}
+        {
+            "dtype": "float32",
+            "first_layer": 0,
+            "sites": "all-linear",
+            "threads": 1,
+            "side": side,
+            "examples_per_s": rate,
+        }
         for side, rate in (("ours, prior", 6.0), ("peft", 2.0), ("peft, autocast", 3.0))
     ]
 

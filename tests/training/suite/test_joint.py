@@ -16,7 +16,7 @@ RECIPE = Recipe(epochs=2, batch_size=5, max_tokens=96, clip=1e9)
 def trained(bench: Workbench, recipe: Recipe = RECIPE) -> tuple[Modules, Heads, list[float]]:
     modules = Modules(bench.tail, len(bench.tasks), 0, alike=True, hyperparameters={"r": 2})
     heads = Heads(bench.tasks, bench.hidden_size, 0)
-    apart = one_hot(len(bench.tasks), bench.num_layers)
+    apart = mixes(one_hot(len(bench.tasks), bench.num_layers))
     return modules, heads, train(bench, modules, heads, lambda _: apart, recipe).losses
 
 
@@ -42,7 +42,7 @@ def test_the_backbone_and_frozen_heads_stay(tiny_bench: Workbench) -> None:
     given = Heads(tiny_bench.tasks, tiny_bench.hidden_size, 3).frozen()
     heads = Heads.given(tiny_bench.tasks, given, trained=False)
     weights = uniform(len(tiny_bench.tasks), 2, tiny_bench.num_layers)
-    train(tiny_bench, modules, heads, lambda _: weights, RECIPE)
+    train(tiny_bench, modules, heads, lambda _: mixes(weights), RECIPE)
     torch.testing.assert_close(heads.frozen(), given, rtol=0, atol=0)
     after = tiny_bench.tail.encoder.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -55,7 +55,7 @@ def test_gradients_reach_weights_and_penalties(tiny_bench: Workbench) -> None:
     scores = torch.zeros(size, 2, tiny_bench.num_layers, requires_grad=True)
     far = torch.ones(3, requires_grad=True)
     extra = Extra([scores, far], 0.1, lambda: far.square().sum())
-    train(tiny_bench, modules, heads, lambda _: torch.softmax(scores, dim=1), RECIPE, extra)
+    train(tiny_bench, modules, heads, lambda _: mixes(torch.softmax(scores, dim=1)), RECIPE, extra)
     assert (scores[:, :, 1] != 0).all()  # the layer that has adapters
     assert (scores[:, :, 0] == 0).all()
     assert (far < 1).all()
@@ -97,3 +97,12 @@ def test_mixes_of_learned_weights_keep_their_gradient() -> None:
     learned = torch.ones(2, 3, 4, requires_grad=True)
     assert mixes(learned)[0].weights.requires_grad
     assert mixes(learned.detach())[1].weights.shape == (3, 4)
+
+
+def test_mixes_of_learned_weights_hold_what_is_within_reach() -> None:
+    learned = torch.ones(2, 3, 4, requires_grad=True)
+
+    first, second = mixes(learned, torch.tensor([[True, False, True], [False, True, False]]))
+
+    assert (first.slots, second.slots) == ((0, 2), (1,))
+    assert first.weights.shape == (2, 4)
