@@ -31,9 +31,10 @@ from transformers.utils import logging as transformers_logging
 
 from adapters_store.graph import Knobs
 from training.composing.cotrain import KNOBS, Settings, cotrain
+from training.step import micro_batches
 from training.suite import joint, relating
 from training.suite.heads import Heads
-from training.suite.joint import Recipe
+from training.suite.joint import USUAL, Recipe
 from training.suite.modules import Modules, mixes, one_hot
 from training.suite.workbench import Setting, Workbench, prepare
 
@@ -132,6 +133,29 @@ def _gradients_from(bench: Workbench) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def products_side(bench: Workbench, sites: str, rounds: int, turns: Turns) -> None:
+    """What (a) cannot be faster than: the matrix products of the linear layers and of all adapters, nothing else."""
+    shown, dtype = _bar(bench, turns), getattr(torch, bench.setting.dtype)
+    layers, adapted = modules_of(bench, "all-linear").places, modules_of(bench, sites).places
+    lengths = [len(row) for texts in bench.train for row in texts.rows]
+    batches = micro_batches(bench.tail.encoder, lengths, USUAL.max_tokens)
+    forwards = [sum(lengths[i] for i in batch) for batch in batches]
+    for _ in range(rounds + 1):
+        for tokens in forwards:
+            for name, place in layers.items():
+                rank = RANK * len(bench.tasks) if name in adapted else 0
+                _multiply(*(torch.zeros(tokens, width, dtype=dtype) for width in (place.d_in, place.d_out, rank)))
+        shown.advance()
+
+
+def _multiply(x: Tensor, y: Tensor, h: Tensor) -> None:
+    """The products of one layer, forward and backward. x: (n, d_in); y: (n, d_out); h: (n, R) of all adapters."""
+    W, A, B = (torch.zeros(rows.shape[1], to.shape[1], dtype=x.dtype) for rows, to in ((y, x), (h, x), (h, y)))
+    _ = x @ W.mT, y @ W
+    if h.shape[1]:
+        _ = x @ A.mT, h @ B, y @ B.mT, h @ A, h.mT @ x, h.mT @ y
 
 
 class _Nothing:
@@ -233,6 +257,7 @@ SIDES: dict[str, Side] = {
     "peft": peft_side,
     "peft, autocast": peft_autocast_side,
     "bare": bare_side,
+    "products of ours, prior": products_side,
 }
 
 
