@@ -23,11 +23,12 @@ from adapters_store.primitives.two_layer import Pair
 class Group:
     """Neighbouring tokens whose mixes use the same adapters.
 
-    ranks: (R,) int64 of these among all ranks, None for all of them; spans: (start, stop, mix), counted within tokens.
+    ranks: of these among all ranks, a slice where they lie together, else (R,) int64.
+    spans: (start, stop, mix), counted within tokens.
     """
 
     tokens: slice
-    ranks: Tensor | None
+    ranks: slice | Tensor
     spans: Sequence[tuple[int, int, int]]
 
 
@@ -65,12 +66,12 @@ def _groups(selection: Selection, chosen: Sequence[Sequence[int]], ranks: Tensor
     return found
 
 
-def _places(used: Sequence[int], ranks: Tensor) -> Tensor | None:
-    """Where the ranks of these adapters lie among all; None for all in order."""
-    if list(used) == list(range(len(ranks))):
-        return None
-    begin = (ranks.cumsum(0) - ranks).tolist()
-    return torch.cat([torch.arange(begin[i], begin[i] + int(ranks[i])) for i in used])
+def _places(used: Sequence[int], ranks: Tensor) -> slice | Tensor:
+    """Where the ranks of these adapters lie among all."""
+    ends = [0, *ranks.cumsum(0).tolist()]
+    if list(used) == list(range(used[0], used[0] + len(used))):
+        return slice(ends[used[0]], ends[used[-1] + 1])
+    return torch.cat([torch.arange(ends[i], ends[i + 1]) for i in used])
 
 
 class _ByMix(torch.autograd.Function):
@@ -83,9 +84,9 @@ class _ByMix(torch.autograd.Function):
         A, B, weights = (tensor.to(x.dtype) for tensor in (A, B, weights))
         found, hidden = out.clone(), []
         for group in groups:
-            inner = x[group.tokens] @ _at(A, group).mT
+            inner = x[group.tokens] @ A[group.ranks].mT
             hidden.append(inner)
-            found[group.tokens].addmm_(_weighted(inner, weights, group), _at(B, group))
+            found[group.tokens].addmm_(_weighted(inner, weights, group), B[group.ranks])
         ctx.save_for_backward(x, A, B, weights, *hidden)
         ctx.groups = groups
         return found
@@ -100,13 +101,13 @@ class _ByMix(torch.autograd.Function):
         for group, inner in zip(ctx.groups, hidden, strict=True):
             g, rows = grad[group.tokens], x[group.tokens]
             sums.add_B(group, _weighted(inner, weights, group).mT @ g)
-            back = g @ _at(B, group).mT
+            back = g @ B[group.ranks].mT
             if wants_weights:
                 sums.add_weights(group, back * inner)
             back = _weighted(back, weights, group)
             sums.add_A(group, back.mT @ rows)
             if grad_x is not None:
-                torch.mm(back, _at(A, group), out=grad_x[group.tokens])
+                torch.mm(back, A[group.ranks], out=grad_x[group.tokens])
         return grad, grad_x, sums.A, sums.B, sums.weights if wants_weights else None, None
 
 
@@ -130,13 +131,9 @@ class _Sums:
             _add(self.weights[mix], group, part)
 
 
-def _at(tensor: Tensor, group: Group) -> Tensor:
-    return tensor if group.ranks is None else tensor[group.ranks]
-
-
 def _add(sums: Tensor, group: Group, part: Tensor) -> None:
-    if group.ranks is None:
-        sums += part
+    if isinstance(group.ranks, slice):
+        sums[group.ranks] += part
     else:
         sums.index_add_(0, group.ranks, part.to(sums.dtype))
 
@@ -145,5 +142,5 @@ def _weighted(hidden: Tensor, weights: Tensor, group: Group) -> Tensor:
     """(tokens, R) hidden times the weights of each token's mix."""
     found = torch.empty_like(hidden)
     for start, stop, mix in group.spans:
-        torch.mul(hidden[start:stop], _at(weights[mix], group), out=found[start:stop])
+        torch.mul(hidden[start:stop], weights[mix][group.ranks], out=found[start:stop])
     return found

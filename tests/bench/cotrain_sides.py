@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from adapters_store.graph import Knobs
 from training.composing.cotrain import KNOBS, Settings, cotrain
+from training.memory import keep_freed
 from training.step import micro_batches
 from training.suite import joint, relating
 from training.suite.heads import Heads
@@ -292,6 +293,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if not options.side.startswith("peft"):
+        keep_freed()  # as our commands do
     setting = options.setting | {"data": tuple(map(Path, options.setting["data"]))}
     bench = prepare(Setting(**setting))
     tokens = sum(len(row) for texts in bench.train for row in texts.rows)

@@ -11,6 +11,7 @@ from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
+from training.memory import keep_freed
 from training.suite.worker import Event, Work, Worker
 
 LOOK_S = 0.5  # between two looks whether a signal came
@@ -31,6 +32,7 @@ class _Pipe:
 
 
 def _serve(work: Work, pipe: "Connection[Event, Event]") -> None:
+    keep_freed()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it and ends this process
     try:
         Worker(work, _Pipe(pipe)).run()
