@@ -31,6 +31,12 @@ def _one_seed() -> None:
     torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 
+@pytest.fixture
+def two_threads() -> None:
+    """For this test; the next one begins with one again."""
+    torch.set_num_threads(2)
+
+
 def tiny_bert(**changes: object) -> nn.Module:
     """A random BERT of 2 layers x 32, without a task head."""
     config = BertConfig(

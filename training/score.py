@@ -82,11 +82,14 @@ def score(config: ScoreConfig) -> list[Outcome]:
     backbone = load(config.backbone, config.dtype, config.device, generates=generates)
     residents = [_resident(store, backbone, task, slot, config) for slot, task in enumerate(tasks)]
     lattice = _lattice(store, config)
+    slots = {resident.task.name: resident.slot for resident in residents if resident.adapter.entries}
+    if lattice:
+        slots |= _others(store, backbone, lattice, residents, config)
     outcomes = []
     with bar(len(config.modes) * sum(len(r.texts) for r in residents), "evaluating") as shown:
         for mode in config.modes:
             for resident in residents:
-                mix, width = _mix(mode, resident, residents, lattice, backbone.encoder.num_layers)
+                mix, width = _mix(mode, resident, slots, lattice, backbone.encoder.num_layers)
                 outcomes.append(_outcome(backbone, resident, mode, lattice, (mix, width), config.token_budget))
                 first_score = outcomes[-1].scores[outcomes[-1].headline]
                 shown.advance(len(resident.texts), f"{mode} {resident.task.name} {first_score:.3f}")
@@ -114,18 +117,28 @@ def _tasks(config: ScoreConfig, store: AdapterStore) -> list[Task]:
 
 
 def _resident(store: AdapterStore, backbone: LoadedBackbone, task: Task, slot: int, config: ScoreConfig) -> Resident:
-    has_alias = config.alias is not None and config.alias in store.aliases(task.name)
-    manifest = store.resolve(f"{task.name}@{config.alias}" if has_alias else task.name)
+    manifest, adapter = _put(store, backbone, _reference(store, task.name, config), slot)
+    objective = objectives.trained(task, adapter, backbone)
+    return Resident(task, manifest, adapter, slot, objective, objective.texts(task.test))
+
+
+def _reference(store: AdapterStore, name: str, config: ScoreConfig) -> str:
+    has_alias = config.alias is not None and config.alias in store.aliases(name)
+    return f"{name}@{config.alias}" if has_alias else name
+
+
+def _put(store: AdapterStore, backbone: LoadedBackbone, reference: str, slot: int) -> tuple[Manifest, Adapter]:
+    """Load an adapter and make it resident. Raises BackboneMismatchError and the store's errors."""
+    manifest = store.resolve(reference)
     if not manifest.backbone.is_same(backbone.fingerprint):
         raise BackboneMismatchError(
             f"{manifest.reference} was trained on another backbone than {backbone.folder}; give its --backbone"
         )
     adapter = store.load(manifest)
-    objective = objectives.trained(task, adapter, backbone)
     if adapter.entries:
         backbone.encoder.sites.check(adapter.entries)
         backbone.encoder.sites.put(slot, adapter.entries)
-    return Resident(task, manifest, adapter, slot, objective, objective.texts(task.test))
+    return manifest, adapter
 
 
 def _lattice(store: AdapterStore, config: ScoreConfig) -> Lattice | None:
@@ -136,17 +149,25 @@ def _lattice(store: AdapterStore, config: ScoreConfig) -> Lattice | None:
     return Lattice(version, graph, Prior(graph))
 
 
+def _others(
+    store: AdapterStore, backbone: LoadedBackbone, lattice: Lattice, residents: Sequence[Resident], config: ScoreConfig
+) -> dict[str, int]:
+    """Make resident what the graph composes the tasks with beside themselves (modules, tasks not asked for); slots."""
+    scored = [resident.task.name for resident in residents]
+    met = {name for task in scored for name in _weights("prior", task, lattice, backbone.encoder.num_layers)}
+    found = {}
+    for slot, name in enumerate(sorted(met - set(scored)), len(scored)):
+        reference = lattice.graph.node(name).adapter or _reference(store, name, config)
+        if _put(store, backbone, reference, slot)[1].entries:
+            found[name] = slot
+    return found
+
+
 def _mix(
-    mode: Mode, resident: Resident, residents: Sequence[Resident], lattice: Lattice | None, num_layers: int
+    mode: Mode, resident: Resident, slots: Mapping[str, int], lattice: Lattice | None, num_layers: int
 ) -> tuple[Mix | None, int]:
     """The composition of a task in a mode, and how many adapters it has."""
-    slots = {other.task.name: other.slot for other in residents if other.adapter.entries}
     weights = _weights(mode, resident.task.name, lattice, num_layers)
-    missing = sorted(set(weights) - {other.task.name for other in residents})
-    if missing:
-        raise DataError(
-            f"the graph composes {resident.task.name} with {missing[0]}, which is not loaded; leave --tasks out"
-        )
     return to_mix(weights, slots), len(weights)
 
 

@@ -1,7 +1,6 @@
 """The kernel gives what model libraries' RMSNorms give; a row never sees its neighbours; other norms keep their own."""
 
 import shutil
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -33,14 +32,6 @@ def any_case(draw: st.DrawFn) -> tuple[Tensor, LlamaRMSNorm]:
     rows, d, seed = draw(st.integers(1, 9)), draw(st.integers(1, 200) | st.just(1024)), draw(st.integers(0, 1000))
     dtype, size = draw(st.sampled_from(DTYPES)), draw(st.sampled_from([1e-4, 1.0, 300.0]))
     return (size * randn(torch.Generator().manual_seed(seed), rows, d)).to(dtype), norm_of(d, dtype, seed)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @needs_compiler

@@ -109,6 +109,25 @@ def test_relate_then_score_by_the_graph(
     assert {o.adapter for o in outcomes if o.task == "books"} == {"books@1"}
 
 
+def test_one_task_is_scored_with_all_that_the_graph_composes_it_with(
+    fit_config: MakeConfig, data_folder: Path, tmp_path: Path, bert_folder: Path
+) -> None:
+    """Other tasks' adapters, and a module that is no task's, are loaded for it."""
+    run, store = fit(fit_config(epochs=10)), tmp_path / "store"
+    publish(PublishConfig(run=run.folder, store=store))
+    relate(RelateConfig(run=run.folder, store=store, knobs={"c": 0.9, "threshold": 0.0}))
+    document = AdapterStore(store).graph()[1]
+    for node in document["nodes"]:
+        node["role"] = "module" if node["id"] == "intent" else "task"
+    AdapterStore(store).publish_graph(document)
+    asked = ScoreConfig(data=data_folder, store=store, backbone=str(bert_folder), modes=("prior",))
+
+    whole, alone = score(asked), score(asked.model_copy(update={"tasks": ("films",)}))
+
+    assert [(o.task, o.width) for o in alone] == [("films", 3)]
+    assert alone[0].scores == pytest.approx({o.task: o.scores for o in whole}["films"])
+
+
 def test_single_accuracy_is_that_of_the_adapter_alone(
     fit_config: MakeConfig, data_folder: Path, tmp_path: Path, bert_folder: Path, backbone: LoadedBackbone
 ) -> None:

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -125,14 +124,6 @@ def any_rows(draw: st.DrawFn) -> Rows:
         softcap=draw(st.none() | st.sampled_from([0.5, 3.0, 50.0])),
         seed=draw(st.integers(0, 1000)),
     )
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @needs_compiler
