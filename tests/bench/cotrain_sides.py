@@ -250,6 +250,11 @@ def peft_autocast_side(bench: Workbench, sites: str, rounds: int, turns: Turns) 
     peft_side(bench, sites, rounds, turns, autocast=True)
 
 
+def peft_kept_side(bench: Workbench, sites: str, rounds: int, turns: Turns) -> None:
+    """The same with memory kept as our commands keep it, which Trainer's users do not get by themselves."""
+    peft_autocast_side(bench, sites, rounds, turns)
+
+
 Side = Callable[[Workbench, str, int, Turns], None]
 SIDES: dict[str, Side] = {
     "ours, prior": prior_side,
@@ -257,6 +262,7 @@ SIDES: dict[str, Side] = {
     "ours, apart": apart_side,
     "peft": peft_side,
     "peft, autocast": peft_autocast_side,
+    "kept memory: peft, autocast": peft_kept_side,
     "bare": bare_side,
     "products of ours, prior": products_side,
 }
