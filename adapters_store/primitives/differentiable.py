@@ -95,17 +95,19 @@ class _ByMix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, weights, *hidden = ctx.saved_tensors
-        grad, wants_x, wants_weights = grad.contiguous(), ctx.needs_input_grad[1], ctx.needs_input_grad[4]
+        grad, (_, wants_x, wants_A, wants_B, wants_weights, _) = grad.contiguous(), ctx.needs_input_grad
         grad_x = torch.zeros_like(x) if wants_x else None
         sums = _Sums(A, B, weights)
         for group, inner in zip(ctx.groups, hidden, strict=True):
             g, rows = grad[group.tokens], x[group.tokens]
-            sums.add_B(group, _weighted(inner, weights, group).mT @ g)
+            if wants_B:
+                sums.add_B(group, _weighted(inner, weights, group).mT @ g)
             back = g @ B[group.ranks].mT
             if wants_weights:
                 sums.add_weights(group, back * inner)
             back = _weighted(back, weights, group)
-            sums.add_A(group, back.mT @ rows)
+            if wants_A:
+                sums.add_A(group, back.mT @ rows)
             if grad_x is not None:
                 torch.mm(back, A[group.ranks], out=grad_x[group.tokens])
         return grad, grad_x, sums.A, sums.B, sums.weights if wants_weights else None, None

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 _PROBE = """
-import ctypes, resource, torch
+import resource, torch
 from training.memory import keep_freed
 
 def faults(times):

@@ -84,7 +84,7 @@ class Learned:
         return self.allocation.weights(Pi, S, tau_gate)
 
     def mixes(self, tau_gate: float) -> list[Mix]:
-        """What each task runs under in training: of the modules that the prior gives it none is left out."""
+        """What each task runs under in training, without the modules to which the prior gives nothing."""
         Pi, S = self.prior()
         return mixes(self.allocation.weights(Pi, S, tau_gate), Pi > 0)
 
