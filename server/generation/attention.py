@@ -1,9 +1,9 @@
 """Attention over pages of keys and values: the function that the backbone's layers call while a step runs.
 
-Single tokens of decoding sequences go through one call for all of them: the native kernel on the CPU
+Single tokens of decoding sequences go through one call for all of them: a native kernel on the CPU
 (native_attention.py), Triton's on a GPU (triton_attention.py); without them `attend_rows`, which is the specification,
-and `attend_padded` on other devices. Longer chunks of prompts go one by one through torch's fused attention, over their
-sequence's pages gathered.
+and `attend_padded` on other devices. Longer chunks of prompts go one by one: through a native kernel on the CPU, else
+through torch's fused attention (`attend_chunk`, the specification) over their sequence's pages gathered.
 """
 
 import functools
@@ -75,9 +75,8 @@ class PagedAttention:
         pieces = [self._singles(query[:, :start], key, value, keys, values, scoring)]
         for chunk in self._plan.chunks[start:]:
             tokens = slice(start, start + chunk.count)
-            pieces.append(
-                self._chunk(chunk, query[:, tokens], key[:, tokens], value[:, tokens], (keys, values), scoring)
-            )
+            new = query[:, tokens], key[:, tokens], value[:, tokens]
+            pieces.append(self._chunk(chunk, *new, keys, values, scoring))
             start += chunk.count
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
@@ -99,17 +98,18 @@ class PagedAttention:
         if start < plan.num_tokens:
             native_attention.append(key[:, start:], value[:, start:], keys, values, plan.places[start:])
         return native_attention.decode(
-            query, key[:, :start], value[:, :start], keys, values, plan.tables, plan.lengths,
-            scoring.scale, scoring.window, scoring.softcap,
-        )  # fmt: skip
+            query, key[:, :start], value[:, :start], keys, values, plan.tables, plan.lengths, scoring
+        )
 
     def _chunk(
-        self, chunk: Chunk, query: Tensor, key: Tensor, value: Tensor, layer: tuple[Tensor, Tensor], scoring: Scoring
+        self, chunk: Chunk, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, scoring: Scoring
     ) -> Tensor:
-        """(count, heads, d_v) of a chunk: causal behind whatever its sequence has in pages."""
+        """(count, heads, d_v) of a chunk, kept already: causal behind what its sequence had before."""
+        pages = self._plan.pages(chunk)
+        if native_attention.supports(keys.dtype, keys.device):
+            return native_attention.prefill(query, keys, values, pages, chunk.end, scoring)
         if chunk.past:
-            pages = self._plan.pages(chunk)
-            key, value = (gathered(part, pages)[:, : chunk.end] for part in layer)
+            key, value = (gathered(part, pages)[:, : chunk.end] for part in (keys, values))
         return attend_chunk(query, key, value, scoring).transpose(0, 1)
 
 

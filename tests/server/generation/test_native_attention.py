@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from adapters_store.packing import Scoring
 from server.generation import native_attention
 from server.generation.pages import PAGE, pages_for
 from tests.strategies import light, randn
@@ -71,11 +72,15 @@ class Rows:
         )
         return Rows(query, key, value, keys, values, tables, torch.tensor(lengths), window, softcap)
 
+    @property
+    def scoring(self) -> Scoring:
+        return Scoring(0.3, is_causal=True, window=self.window, softcap=self.softcap)
+
     def decode(self) -> Tensor:
         """Of copies of the pages, so that each call finds them as they were."""
         return native_attention.decode(
             self.query, self.key, self.value, self.keys.clone(), self.values.clone(), self.tables, self.lengths,
-            0.3, self.window, self.softcap,
+            self.scoring,
         )  # fmt: skip
 
     def row(self, index: int) -> "Rows":
@@ -181,9 +186,7 @@ def test_threads_change_no_bit(two_threads: None, rows: Rows, times: int) -> Non
 @given(any_rows())
 def test_decoding_writes_the_new_token_into_its_place_and_nothing_else(rows: Rows) -> None:
     keys, values = rows.keys.clone(), rows.values.clone()
-    native_attention.decode(
-        rows.query, rows.key, rows.value, keys, values, rows.tables, rows.lengths, 0.3, rows.window, rows.softcap
-    )
+    native_attention.decode(rows.query, rows.key, rows.value, keys, values, rows.tables, rows.lengths, rows.scoring)
 
     for row, length in enumerate(rows.lengths.tolist()):
         page = rows.tables[row, (length - 1) // PAGE]
@@ -191,9 +194,7 @@ def test_decoding_writes_the_new_token_into_its_place_and_nothing_else(rows: Row
         rows.values[page, :, (length - 1) % PAGE] = rows.value[:, row]
     assert_same_bits(keys, rows.keys)
     assert_same_bits(values, rows.values)
-    found = native_attention.decode(
-        rows.query, None, None, keys, values, rows.tables, rows.lengths, 0.3, rows.window, rows.softcap
-    )
+    found = native_attention.decode(rows.query, None, None, keys, values, rows.tables, rows.lengths, rows.scoring)
     assert_same_bits(found, rows.decode())
 
 
@@ -268,9 +269,7 @@ def test_what_would_read_memory_of_others_is_refused(change: dict[str, Tensor]) 
     rows = replace(rows, **change)
 
     with pytest.raises(AssertionError):
-        native_attention.decode(
-            rows.query, rows.key, rows.value, rows.keys, rows.values, rows.tables, rows.lengths, 0.3
-        )
+        rows.decode()
 
 
 @needs_compiler
