@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import cotrain_sides
+from tests.bench import cotrain_ours, cotrain_peft, cotrain_sides
 from tests.bench.cotrain_cost import over_peft
 from training.suite.workbench import Setting, Workbench, prepare
 
@@ -38,11 +38,11 @@ def test_a_side_tells_of_every_round(side: str, bench: Workbench) -> None:
     assert all(seconds > 0 for seconds, _ in told.turns)
 
 
-@pytest.mark.parametrize("sites", cotrain_sides.PEFT_TARGETS)
+@pytest.mark.parametrize("sites", cotrain_peft.TARGETS)
 @pytest.mark.filterwarnings("ignore")
 def test_peft_trains_the_layers_that_ours_trains(sites: str, bench: Workbench) -> None:
-    model = cotrain_sides.classifier(bench, sites, 0)
-    ours = cotrain_sides.modules_of(bench, sites).parameters[0]
+    model = cotrain_peft.classifier(bench, sites, 0)
+    ours = cotrain_ours.modules_of(bench, sites).parameters[0]
 
     trained = {
         name.split("base_model.model.")[1] for name, p in model.named_parameters() if p.requires_grad and "lora" in name
