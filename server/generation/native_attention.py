@@ -93,7 +93,7 @@ class _Kernel:
             torch.get_num_threads(), scoring.window or 0, scoring.scale, scoring.softcap or 0.0,
         )  # fmt: skip
         is_sound = functions[dtype](ctypes.byref(call))
-        assert is_sound, "lengths and tables name tokens that are in no page, or heads are too long"
+        assert is_sound, "tokens are in no page, heads are too long, or no memory is left"
         return out
 
     def append(self, new: Tensor, pages: Tensor, places: Tensor) -> None:

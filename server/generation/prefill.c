@@ -250,8 +250,8 @@ INLINE int attend_head(const int half, const call *c, int64_t head, int64_t slic
     return 1;
 }
 
-/* tables: (1, most) and lengths: (1,) of the sequence; rows are its last tokens, already in pages. Returns 0, nothing
- * written, if they name tokens that are in no page, or if there is no memory to lay keys and values out in. */
+/* tables: (1, most) and lengths: (1,) of the sequence; rows are its last tokens, already in pages. Returns 0 if they name
+ * tokens that are in no page, or if there is no memory to lay keys and values out in. */
 #define PREFILL(NAME, HALF)                                                                                       \
     int64_t NAME(const call *c) {                                                                                 \
         if (c->d > MAX_D || c->d_v > MAX_D || !is_there(c, 0) || c->lengths[0] < c->rows) return 0;               \
