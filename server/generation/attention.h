@@ -61,7 +61,7 @@ typedef struct {
     float scale, softcap;
 } call;
 
-/* Whether all that will be read of a sequence is there: a wrong page would be another sequence's, or nobody's memory. */
+/* Whether all that will be read of a sequence is there: a wrong page would be another's, or nobody's memory. */
 INLINE int is_there(const call *c, int64_t sequence) {
     int64_t length = c->lengths[sequence];
     if (length < 1 || length > c->most * PAGE) return 0;

@@ -13,9 +13,9 @@
 #include "attention.h"
 #include <stdlib.h>
 
-#define ROWS 24                    /* of a tile: scores of a block stay in the first-level cache */
-#define AT_ONCE 6                  /* rows whose sums are in registers */
-#define ABREAST (WIDE ? 4 : 2)     /* vectors of sums of each */
+#define ROWS 24                /* of a tile: scores of a block stay in the first-level cache */
+#define AT_ONCE 6              /* rows whose sums are in registers */
+#define ABREAST (WIDE ? 4 : 2) /* vectors of sums of each */
 #define IN_PAIRS(half) ((half) && PAIRS)
 #define PER_WORD(half) (IN_PAIRS(half) ? 2 : 1) /* elements that one 32-bit word holds: a pair, or a float */
 #define UNROLL _Pragma("GCC unroll 8")
@@ -34,14 +34,26 @@ typedef struct {
 
 /* One tile: rows of (token, query head), their words, running softmax and mixed values. */
 typedef struct {
-    uint32_t *query;           /* (ROWS, depth) */
-    vec *mixed;                /* (ROWS, width) */
+    uint32_t *query; /* (ROWS, depth) */
+    vec *mixed;      /* (ROWS, width) */
     vec scores[ROWS][BLOCK / LANES];
     vec sum[ROWS];
     float most[ROWS];
 } tile;
 
-/* ---- the product: sums[r][v] += a[r] . b[v], word by word ---- */
+/* ---- products ---- */
+
+/* sums[r][v] += a[r] . b[v], word by word, for all rows r and vectors v of words.
+ * Word i of row r is a[r * a_row + i], of vector v b[i * step + v * apart]; sums are sums[r * sums_row + v]. */
+typedef struct {
+    int64_t rows, vectors, words;
+    const uint32_t *a;
+    int64_t a_row;
+    const vec *b;
+    int64_t step, apart;
+    vec *sums;
+    int64_t sums_row;
+} product;
 
 INLINE vec add_words(const int half, vec sum, uint32_t a, vec b) {
     vec all = (vec)((uvec){0} + a);
@@ -51,42 +63,35 @@ INLINE vec add_words(const int half, vec sum, uint32_t a, vec b) {
     return add_product(IN_PAIRS(half), sum, all, b);
 }
 
-/* rows, n: constants. Word i of vector v is b[i * step + v * apart]. */
-INLINE void multiply(const int half, const int rows, const int n, const uint32_t *a, int64_t a_row, const vec *b,
-                     int64_t step, int64_t apart, int64_t depth, vec *sums, int64_t sums_row) {
-    vec sum[AT_ONCE * ABREAST];
+/* `rows` rows from r on and `n` vectors from v on, both numbers constants: their sums are in registers. */
+INLINE void multiply(const int half, const int rows, const int n, const product *p, int64_t r0, int64_t v0) {
+    const uint32_t *a = p->a + r0 * p->a_row;
+    const vec *b = p->b + v0 * p->apart;
+    vec *sums = p->sums + r0 * p->sums_row + v0, sum[AT_ONCE * ABREAST];
     UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int v = 0; v < n; v++) sum[r * n + v] = sums[r * sums_row + v];
-    for (int64_t i = 0; i < depth; i++) {
+        UNROLL for (int v = 0; v < n; v++) sum[r * n + v] = sums[r * p->sums_row + v];
+    for (int64_t i = 0; i < p->words; i++) {
         vec line[ABREAST];
-        UNROLL for (int v = 0; v < n; v++) line[v] = b[i * step + v * apart];
+        UNROLL for (int v = 0; v < n; v++) line[v] = b[i * p->step + v * p->apart];
         UNROLL for (int r = 0; r < rows; r++)
-            UNROLL for (int v = 0; v < n; v++) sum[r * n + v] = add_words(half, sum[r * n + v], a[r * a_row + i], line[v]);
+            UNROLL for (int v = 0; v < n; v++)
+                sum[r * n + v] = add_words(half, sum[r * n + v], a[r * p->a_row + i], line[v]);
     }
     UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int v = 0; v < n; v++) sums[r * sums_row + v] = sum[r * n + v];
+        UNROLL for (int v = 0; v < n; v++) sums[r * p->sums_row + v] = sum[r * n + v];
 }
 
-INLINE void multiply_rows(const int half, const int n, int64_t rows, const uint32_t *a, int64_t a_row, const vec *b,
-                          int64_t step, int64_t apart, int64_t depth, vec *sums, int64_t sums_row) {
+INLINE void multiply_rows(const int half, const int n, const product *p, int64_t v) {
     int64_t r = 0;
-#define SOME_ROWS(N)                                                                                              \
-    for (; r + N <= rows; r += N)                                                                                 \
-        multiply(half, N, n, a + r * a_row, a_row, b, step, apart, depth, sums + r * sums_row, sums_row);
-    SOME_ROWS(AT_ONCE)
-    SOME_ROWS(2)
-    SOME_ROWS(1)
+    for (; r + AT_ONCE <= p->rows; r += AT_ONCE) multiply(half, AT_ONCE, n, p, r, v);
+    for (; r + 2 <= p->rows; r += 2) multiply(half, 2, n, p, r, v);
+    if (r < p->rows) multiply(half, 1, n, p, r, v);
 }
 
-/* All vectors 0..n. */
-INLINE void multiply_all(const int half, int64_t n, int64_t rows, const uint32_t *a, int64_t a_row, const vec *b,
-                         int64_t step, int64_t apart, int64_t depth, vec *sums, int64_t sums_row) {
+INLINE void multiply_all(const int half, product p) {
     int64_t v = 0;
-#define SOME_VECTORS(N)                                                                                           \
-    for (; v + N <= n; v += N)                                                                                    \
-        multiply_rows(half, N, rows, a, a_row, b + v * apart, step, apart, depth, sums + v, sums_row);
-    SOME_VECTORS(ABREAST)
-    SOME_VECTORS(1)
+    for (; v + ABREAST <= p.vectors; v += ABREAST) multiply_rows(half, ABREAST, &p, v);
+    for (; v < p.vectors; v++) multiply_rows(half, 1, &p, v);
 }
 
 /* ---- words ---- */
@@ -157,7 +162,9 @@ INLINE int64_t start_of(const call *c, int64_t row) {
     return start > 0 ? start : 0;
 }
 
-INLINE void begin(const int half, const call *c, int64_t head, int64_t first, int64_t rows, const sequence *s, tile *t) {
+/* The tile's rows begin at row `first` of the key head. */
+INLINE void begin(const int half, const call *c, int64_t head, int64_t first, int64_t rows, const sequence *s,
+                  tile *t) {
     for (int64_t r = 0; r < rows; r++) {
         int64_t row = first + r, place = head_of(c, head, row) * c->query_head + row / c->group * c->query_row;
         words_of(half, c->query + place * SIZE(half), c->d, t->query + r * s->depth, s->depth);
@@ -179,23 +186,26 @@ INLINE void to_words(const int half, vec *weights, int64_t n) {
     (void)half, (void)weights, (void)n;
 }
 
-/* The block that begins at token `from`, whose rows see no token from `end` on. */
+/* The block that begins at token `from`; the tile's rows see no token from `end` on. */
 INLINE void attend_block(const int half, const call *c, int64_t first, int64_t rows, int64_t from, int64_t end,
                          const sequence *s, tile *t) {
-    int64_t pages = parts(least(end - from, BLOCK), PAGE), n = pages * PAGE / LANES, row = BLOCK / LANES;
-    int64_t vector = (from - s->begin) / LANES, word = (from - s->begin) / PER_WORD(half);
+    const int64_t pages = parts(least(end - from, BLOCK), PAGE), n = pages * PAGE / LANES, row = BLOCK / LANES;
+    const int64_t vector = (from - s->begin) / LANES, word = (from - s->begin) / PER_WORD(half);
     for (int64_t r = 0; r < rows; r++) memset(t->scores[r], 0, n * sizeof(vec));
-    multiply_all(half, n, rows, t->query, s->depth, s->keys + vector * s->depth, 1, s->depth, s->depth, t->scores[0], row);
+    multiply_all(half, (product){.rows = rows, .vectors = n, .words = s->depth, .a = t->query, .a_row = s->depth,
+                                 .b = s->keys + vector * s->depth, .step = 1, .apart = s->depth,
+                                 .sums = t->scores[0], .sums_row = row});
     for (int64_t r = 0; r < rows; r++) {
-        float *scores = (float *)t->scores[r];
-        float fade = weigh(scores, pages, from, start_of(c, first + r), token_of(c, first + r) + 1, c, t->most + r,
-                           t->sum + r);
+        int64_t start = start_of(c, first + r), stop = token_of(c, first + r) + 1;
+        float fade = weigh((float *)t->scores[r], pages, from, start, stop, c, t->most + r, t->sum + r);
         if (fade != 1)
             for (int64_t v = 0; v < s->width; v++) t->mixed[r * s->width + v] *= fade;
         to_words(half, t->scores[r], n);
     }
-    multiply_all(half, s->width, rows, (const uint32_t *)t->scores[0], row * LANES, s->values + word * s->width,
-                 s->width, 1, pages * PAGE / PER_WORD(half), t->mixed, s->width);
+    multiply_all(half, (product){.rows = rows, .vectors = s->width, .words = pages * PAGE / PER_WORD(half),
+                                 .a = (const uint32_t *)t->scores[0], .a_row = row * LANES,
+                                 .b = s->values + word * s->width, .step = s->width, .apart = 1,
+                                 .sums = t->mixed, .sums_row = s->width});
 }
 
 /* out[0:d_v] = sums * scale */
@@ -211,7 +221,8 @@ INLINE void finish(const int half, const vec *sums, float scale, char *out, int6
     }
 }
 
-INLINE void attend(const int half, const call *c, int64_t head, int64_t first, int64_t rows, const sequence *s, tile *t) {
+INLINE void attend(const int half, const call *c, int64_t head, int64_t first, int64_t rows, const sequence *s,
+                   tile *t) {
     int64_t end = token_of(c, first + rows - 1) + 1;
     begin(half, c, head, first, rows, s, t);
     for (int64_t from = start_of(c, first) / BLOCK * BLOCK; from < end; from += BLOCK)
@@ -250,16 +261,17 @@ INLINE int attend_head(const int half, const call *c, int64_t head, int64_t slic
     return 1;
 }
 
-/* tables: (1, most) and lengths: (1,) of the sequence; rows are its last tokens, already in pages. Returns 0 if they name
- * tokens that are in no page, or if there is no memory to lay keys and values out in. */
-#define PREFILL(NAME, HALF)                                                                                       \
-    int64_t NAME(const call *c) {                                                                                 \
-        if (c->d > MAX_D || c->d_v > MAX_D || !is_there(c, 0) || c->lengths[0] < c->rows) return 0;               \
-        int64_t slices = c->num_threads > 1 ? parts(c->num_threads, c->kv_heads) : 1, missing = 0;                \
-        _Pragma("omp parallel for schedule(dynamic) num_threads(c->num_threads) if(c->num_threads > 1) reduction(+:missing)") \
-        for (int64_t i = 0; i < c->kv_heads * slices; i++)                                                        \
-            missing += !attend_head(HALF, c, i / slices, i % slices, slices);                                     \
-        return !missing;                                                                                          \
-    }
-PREFILL(attention_prefill_f32, 0)
-PREFILL(attention_prefill_bf16, 1)
+/* tables: (1, most) and lengths: (1,) of the sequence; rows are its last tokens, already in pages. Returns 0 if tokens
+ * are in no page, or if there is no memory to lay keys and values out in. */
+INLINE int64_t prefill(const int half, const call *c) {
+    if (c->d > MAX_D || c->d_v > MAX_D || !is_there(c, 0) || c->lengths[0] < c->rows) return 0;
+    int64_t slices = c->num_threads > 1 ? parts(c->num_threads, c->kv_heads) : 1, missing = 0;
+#pragma omp parallel for schedule(dynamic) reduction(+ : missing) num_threads(c->num_threads) if (c->num_threads > 1)
+    for (int64_t i = 0; i < c->kv_heads * slices; i++)
+        missing += !attend_head(half, c, i / slices, i % slices, slices);
+    return !missing;
+}
+
+int64_t attention_prefill_f32(const call *c) { return prefill(0, c); }
+
+int64_t attention_prefill_bf16(const call *c) { return prefill(1, c); }
