@@ -81,6 +81,22 @@ def test_other_members_of_a_family_are_right_too(family: str, changes: dict[str,
     assert [output(one) for one in sequences] == [greedy(model, p, 6 + 3 * i) for i, p in enumerate(prompts(0))]
 
 
+@pytest.mark.parametrize("family", PACKED)
+def test_long_prompts_in_chunks_are_what_generate_gives_too(family: str) -> None:
+    model = causal(family, max_position_embeddings=512)  # GPT-2 has another name for it, and knows this one too
+    rng = random.Random(5)
+    long = [[rng.randrange(3, 96) for _ in range(length)] for length in (150, 301, 64)]
+    batcher = Batcher(decoder_of(LanguageModel(model)), step_tokens=90, max_sequences=3)
+    sequences = [sequence(prompt, 9) for prompt in long]
+    for one in sequences:
+        batcher.add(one)
+
+    finish(batcher)
+
+    fresh = causal(family, max_position_embeddings=512)
+    assert [output(one) for one in sequences] == [greedy(fresh, prompt, 9) for prompt in long]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_which_way_a_family_goes(family: str) -> None:
     assert Decoder(language(family), kv_bytes=2**20).is_packed == (family in PACKED)
