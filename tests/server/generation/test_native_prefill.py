@@ -12,6 +12,7 @@ from adapters_store.packing import Scoring
 from server.generation import native_attention
 from server.generation.attention import attend_chunk, gathered
 from server.generation.pages import PAGE, pages_for
+from tests.bench.attention import Shape, measured
 from tests.server.generation.test_native_attention import DTYPES, needs_compiler
 from tests.strategies import light, randn
 from tests.tolerances import assert_close, assert_same_bits
@@ -158,3 +159,9 @@ def test_what_would_read_memory_of_others_is_refused(change: dict[str, object]) 
 
     with pytest.raises((AssertionError, ValueError)):
         replace(prompt, **change).prefill()  # type: ignore[arg-type]
+
+
+def test_the_benchmark_measures_both_ways() -> None:
+    line = measured(Shape("bfloat16", heads=4, kv_heads=2, d=16, past=20, count=30), rounds=3)
+
+    assert line["speedup"] == pytest.approx(line["torch"][0] / line["native"][0], abs=0.01)
