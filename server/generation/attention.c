@@ -12,8 +12,8 @@
  */
 #include "attention.h"
 
-#define GROUP 8                    /* query heads done together at most */
-#define TOGETHER 32                /* key heads of a task at most */
+#define GROUP 8                           /* query heads done together at most */
+#define TOGETHER 32                       /* key heads of a task at most */
 #define SPACE (2 * GROUP * MAX_D / LANES) /* vectors that hold a task's queries and sums */
 
 /* Ask memory for a line, into the second-level cache: fewer can be on their way to the first than keep memory busy. */

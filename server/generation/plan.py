@@ -101,8 +101,14 @@ class Plan:
         return [end - 1 for end, chunk in zip(ends, self.chunks, strict=True) if chunk.is_last]
 
     def pages(self, chunk: Chunk) -> Tensor:
-        """(pages,) int64 Pages of a chunk's sequence up to the chunk's end."""
-        return self._tensor(chunk.sequence.pages[: -(-chunk.end // PAGE)])
+        """(pages,) int64 Pages of a chunk's sequence up to the chunk's end; made once, every layer asks for them."""
+        if chunk not in self._pages:
+            self._pages[chunk] = self._tensor(chunk.sequence.pages[: -(-chunk.end // PAGE)])
+        return self._pages[chunk]
+
+    @cached_property
+    def _pages(self) -> dict[Chunk, Tensor]:
+        return {}
 
     @cached_property
     def _past(self) -> np.ndarray:

@@ -115,20 +115,25 @@ def reference(rows: Rows) -> Tensor:
     return out
 
 
+WIDTHS = st.sampled_from([2, 5, 8, 16, 20, 32, 47, 64, 80, 96, 128, 256])
+SHAPES = st.fixed_dictionaries(
+    {
+        "kv_heads": st.integers(1, 5),
+        "group": st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 12]),
+        "d": WIDTHS,
+        "d_v": WIDTHS,
+        "dtype": st.sampled_from(DTYPES),
+        "window": st.none() | st.integers(1, 200),
+        "softcap": st.none() | st.sampled_from([0.5, 3.0, 50.0]),
+        "seed": st.integers(0, 1000),
+    }
+)
+
+
 @st.composite
 def any_rows(draw: st.DrawFn) -> Rows:
-    widths = st.sampled_from([2, 5, 8, 16, 20, 32, 47, 64, 80, 96, 128, 256])
-    return Rows.of(
-        draw(st.lists(st.integers(1, 50) | st.integers(120, 290), min_size=1, max_size=4)),
-        kv_heads=draw(st.integers(1, 5)),
-        group=draw(st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 12])),
-        d=draw(widths),
-        d_v=draw(widths),
-        dtype=draw(st.sampled_from(DTYPES)),
-        window=draw(st.none() | st.integers(1, 200)),
-        softcap=draw(st.none() | st.sampled_from([0.5, 3.0, 50.0])),
-        seed=draw(st.integers(0, 1000)),
-    )
+    lengths = draw(st.lists(st.integers(1, 50) | st.integers(120, 290), min_size=1, max_size=4))
+    return Rows.of(lengths, **draw(SHAPES))
 
 
 @needs_compiler

@@ -13,7 +13,7 @@ from server.generation import native_attention
 from server.generation.attention import attend_chunk, gathered
 from server.generation.pages import PAGE, pages_for
 from tests.bench.attention import Shape, measured
-from tests.server.generation.test_native_attention import DTYPES, needs_compiler
+from tests.server.generation.test_native_attention import DTYPES, SHAPES, needs_compiler
 from tests.strategies import light, randn
 from tests.tolerances import assert_close, assert_same_bits
 
@@ -65,20 +65,9 @@ class Prompt:
 
 @st.composite
 def prompts(draw: st.DrawFn) -> Prompt:
-    widths = st.sampled_from([2, 5, 8, 16, 20, 32, 47, 64, 80, 96, 128])
     count = draw(st.integers(1, 40) | st.integers(100, 150))
-    return Prompt.of(
-        count + draw(st.just(0) | st.integers(1, 50) | st.integers(120, 300)),
-        count,
-        kv_heads=draw(st.integers(1, 3)),
-        group=draw(st.sampled_from([1, 2, 3, 5, 8, 12])),
-        d=draw(widths),
-        d_v=draw(widths),
-        dtype=draw(st.sampled_from(DTYPES)),
-        window=draw(st.none() | st.integers(1, 200)),
-        softcap=draw(st.none() | st.sampled_from([0.5, 3.0, 50.0])),
-        seed=draw(st.integers(0, 1000)),
-    )
+    past = draw(st.just(0) | st.integers(1, 50) | st.integers(120, 300))
+    return Prompt.of(past + count, count, **draw(SHAPES))
 
 
 @light
