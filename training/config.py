@@ -26,10 +26,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Machine(Settings):
-    """Where and how a backbone runs."""
+class Forward(Settings):
+    """How a backbone runs."""
 
-    device: str = Field("cpu", description="where the backbone runs: cpu, cuda, cuda:1 …")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of the frozen backbone; adapters train in float32"
     )
@@ -37,24 +36,41 @@ class Machine(Settings):
     token_budget: int = Field(2048, ge=16, description="tokens in one forward; less needs less memory")
 
 
-class FitConfig(Machine):
+class Machine(Forward):
+    """Where and how a backbone runs."""
+
+    device: str = Field("cpu", description="where the backbone runs: cpu, cuda, cuda:1 …")
+
+
+class TrainingSettings(Settings):
+    """What `fit` and `cotrain` share: which tasks of which model, the folder of runs, and how the optimiser goes."""
+
+    tasks: tuple[str, ...] = Field((), description="train only these tasks")
+    runs: Path = Field(Path("runs"), description="folder that holds the runs")
+    backbone: str | None = Field(
+        None, description="hub id or folder of the frozen model; default: all-MiniLM-L6-v2 from PyPI"
+    )
+    pooling: Literal["mean", "cls", "last", "pooler"] | None = Field(
+        None, description="what the head reads; default: mean for encoders, last for decoders"
+    )
+    examples: int | None = Field(None, ge=2, description="training examples per task; default: all")
+    batch_size: int = Field(8, ge=1, description="examples per task and step")
+    lr: float = Field(2e-3, gt=0, description="learning rate of the adapters")
+    head_lr: float = Field(2e-2, gt=0, description="learning rate of the heads")
+    warmup: float = Field(0.1, ge=0, le=1, description="share of the steps in which the learning rates rise from 0")
+    clip: float = Field(1.0, gt=0, description="largest gradient norm of a task")
+
+
+class FitConfig(TrainingSettings, Machine):
     """Settings of `fit`."""
 
     data: Path = Field(
         description="folder of task folders, each with train.jsonl and perhaps dev.jsonl, test.jsonl, task.toml; lines "
         'are {"text", "label"}, or {"prompt", "completion"} for tasks that generate'
     )
-    tasks: tuple[str, ...] = Field((), description="train only these tasks")
-    runs: Path = Field(Path("runs"), description="folder that holds the runs")
     run: str | None = Field(None, description="name of the run's folder; default: <data>-<kind>")
-    backbone: str | None = Field(
-        None, description="hub id or folder of the frozen model; default: all-MiniLM-L6-v2 from PyPI"
-    )
     kind: str = Field("lora", description="kind of adapter: lora, ssf, norm, bottleneck, or head (classifiers only)")
     hyperparameters: dict[str, Any] = Field({}, description="of the kind, for example r=16 or target_modules=q,v,up")
-    pooling: Literal["mean", "cls", "last", "pooler"] | None = Field(
-        None, description="what the head reads; default: mean for encoders, last for decoders"
-    )
     max_length: int | None = Field(
         None,
         ge=4,
@@ -62,19 +78,13 @@ class FitConfig(Machine):
         "pairs the beginning of the prompt, and only then the completion's end, which is told; "
         "default: 128 for texts, 512 for pairs",
     )
-    examples: int | None = Field(None, ge=2, description="training examples per task; default: all")
     dev_fraction: float = Field(0.2, ge=0, lt=1, description="cut from train where a task has no dev.jsonl")
     max_dev: int = Field(100, ge=0, description="at most so many examples are cut from train")
     epochs: int = Field(5, ge=1, description="times each example is seen")
-    batch_size: int = Field(8, ge=1, description="examples per task and step")
-    lr: float = Field(2e-3, gt=0, description="learning rate of the adapters")
-    head_lr: float = Field(2e-2, gt=0, description="learning rate of the heads")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's, on matrices only")
-    warmup: float = Field(0.1, ge=0, le=1, description="share of the steps in which the learning rates rise from 0")
     schedule: Literal["linear", "constant"] = Field(
         "linear", description="learning rates after warm-up: fall to 0, or stay"
     )
-    clip: float = Field(1.0, gt=0, description="largest gradient norm of a task")
     patience: int | None = Field(None, ge=1, description="stop a task after so many epochs without a better one")
     one_by_one: bool = Field(False, description="train one task after the other; the same result, slower")
     checkpoint_s: float = Field(60.0, ge=0, description="seconds between checkpoints; one is always written on Ctrl-C")

@@ -5,18 +5,15 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from training.config import STORE, Settings
+from training.config import STORE, Forward, TrainingSettings
 
 
-class Composing(Settings):
-    """What both share: the machine, and where the outcome goes."""
+class Composing(Forward):
+    """What both share: how the backbone runs, on the CPU, and where the outcome goes."""
 
     store: Path = Field(STORE, description="adapter store to publish into")
     alias: str | None = Field("prod", description="alias that the new versions and the graph get")
     actor: str = Field("", description="who publishes; noted in the store")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of the frozen backbone")
-    threads: int | None = Field(None, ge=1, description="CPU threads; default: all cores")
-    token_budget: int = Field(2048, ge=16, description="tokens in one forward; less needs less memory")
     own_head: float = Field(0.3, ge=0, le=1, description="share of a task's own head; related tasks give the rest")
 
 
@@ -37,27 +34,18 @@ class ComposeConfig(Composing):
     )
 
 
-class CotrainConfig(Composing):
+class CotrainConfig(TrainingSettings, Composing):
     """Settings of `cotrain`."""
 
     data: Path = Field(
         description='folder of task folders, each with a train.jsonl of {"text", "label"} and perhaps dev.jsonl, '
         "task.toml"
     )
-    tasks: tuple[str, ...] = Field((), description="train only these tasks")
-    runs: Path = Field(Path("runs"), description="folder that holds the runs")
     run: str | None = Field(None, description="name of the run's folder; default: <data>-cotrain")
-    backbone: str | None = Field(
-        None, description="hub id or folder of the frozen model; default: all-MiniLM-L6-v2 from PyPI"
-    )
     kind: str = Field("lora", description="kind of adapter: lora, ssf, norm or bottleneck")
     hyperparameters: dict[str, Any] = Field({}, description="of the kind, for example r=16; lora: on all linears")
     first_layer: int = Field(0, ge=0, description="adapters act from this layer on; what lies below runs once per text")
-    pooling: Literal["mean", "cls", "last", "pooler"] | None = Field(
-        None, description="what the head reads; default: mean for encoders, last for decoders"
-    )
     max_length: int = Field(128, ge=4, description="tokens of a text; the rest is cut")
-    examples: int | None = Field(None, ge=2, description="training examples per task; default: all")
     dev_fraction: float = Field(
         0.0, ge=0, lt=1, description="cut from train where a task has no dev.jsonl, to tell an accuracy"
     )
@@ -66,12 +54,7 @@ class CotrainConfig(Composing):
     )
     graph: int | None = Field(None, ge=1, description="version of the graph for --relations store; default: the latest")
     epochs: int = Field(5, ge=1, description="times each example of the largest task is seen")
-    batch_size: int = Field(8, ge=1, description="examples per task and step")
-    lr: float = Field(2e-3, gt=0, description="learning rate of the adapters")
-    head_lr: float = Field(2e-2, gt=0, description="learning rate of the heads")
     graph_lr: float = Field(2e-2, gt=0, description="learning rate of relations and evidence")
-    warmup: float = Field(0.1, ge=0, le=1, description="share of the steps in which the learning rates rise from 0")
-    clip: float = Field(1.0, gt=0, description="largest gradient norm per task")
     learn_relations: bool = Field(True, description="train the relations; else they stay as estimated")
     learn_evidence: bool = Field(True, description="train weights per layer")
     tie_heads: bool = Field(True, description="heads share their labels' rows along the prior")
