@@ -1,6 +1,7 @@
 """From what a call wants to sequences that run, and back to nothing: check, admit, lease, submit, let go."""
 
 import hashlib
+import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -28,7 +29,7 @@ async def generating(service: Service, wanted: Sequence[Wanted]) -> AsyncIterato
         raise BadInputError(f"{num_choices} texts in one call, at most {service.settings.max_inputs} (--max-inputs)")
     for one in wanted:
         generator.check(one.ids, one.stopping.max_tokens)
-    ticket = generator.admit(sum(len(one.ids) * one.n for one in wanted))
+    ticket = generator.admit(sum(len(one.ids) for one in wanted))
     lease: Lease | None = None
     generation: Generation | None = None
 
@@ -59,11 +60,13 @@ def _generation(
     choices: dict[TokenSequence, Choice] = {}
     for one in wanted:
         mix = generator.interned(lease.mix(one.composed.parts))
-        salt = salt_of(service, one) if service.settings.prefix_cache else None
+        salt = _salt(service, one)
+        first: TokenSequence | None = None
         end_ids = one.stopping.token_ids | (frozenset() if one.stopping.ignore_eos else generator.end_ids)
         for choice in range(one.n):
             draw = Draw(_seeded(one.sampling, choice), one.ids, generator.vocab_size)
-            sequence = TokenSequence(list(one.ids), mix, draw, one.stopping.max_tokens, end_ids, salt)
+            sequence = TokenSequence(list(one.ids), mix, draw, one.stopping.max_tokens, end_ids, salt, first)
+            first = first or sequence
             text = TextStream(service.backbone.tokenizer, one.ids, one.stopping.strings)
             choices[sequence] = Choice(len(choices), text, one.sampling.logprobs is not None)
         service.metrics.note_composition([manifest.name for manifest in one.composed.composing])
@@ -75,6 +78,13 @@ def _seeded(sampling: Sampling, choice: int) -> Sampling:
     if sampling.seed is None or choice == 0:
         return sampling
     return replace(sampling, seed=Random(f"{sampling.seed} {choice}").getrandbits(63))  # noqa: S311  # guards nothing
+
+
+def _salt(service: Service, wanted: Wanted) -> bytes | None:
+    """With whom a prompt's pages may be shared: equal prompts of any call, other choices of its own, or nobody."""
+    if service.settings.prefix_cache:
+        return salt_of(service, wanted)
+    return secrets.token_bytes(32) if wanted.n > 1 else None
 
 
 def salt_of(service: Service, wanted: Wanted) -> bytes:

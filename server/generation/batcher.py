@@ -2,7 +2,8 @@
 
 schedule: every decoding sequence its next token, then prompts in chunks within the step's token budget; a waiting
 sequence is admitted once there are pages for all it has. If pages run out, the youngest running sequence gives its own
-up and is computed again later: it goes on where it was, nothing is lost.
+up and is computed again later: it goes on where it was, nothing is lost. Several continuations of one prompt follow the
+first of them: their turn comes once it has computed the prompt, whose pages they then share.
 run: one forward. postprocess: choose tokens, let finished sequences go, tell what happened.
 
 Lives on the engine's thread; nothing here is locked.
@@ -10,8 +11,9 @@ Lives on the engine's thread; nothing here is locked.
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -52,6 +54,7 @@ class Batcher:
         self.pool = PagePool(decoder.memory.num_pages)
         self.waiting: deque[TokenSequence] = deque()
         self.running: list[TokenSequence] = []  # oldest first
+        self._followers: dict[TokenSequence, list[TokenSequence]] = {}  # by whose prompt they wait for
         self.counters = Counters()
 
     @property
@@ -59,15 +62,27 @@ class Batcher:
         """True while a step would do something."""
         return bool(self.running or self.waiting)
 
-    def add(self, sequence: TokenSequence) -> None:
-        """Let a sequence wait for its turn. Its prompt is shorter than the decoder's max_length."""
-        self.waiting.append(sequence)
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that were added and are not running."""
+        return len(self.waiting) + sum(map(len, self._followers.values()))
 
-    def cancel(self, sequences: Iterable[TokenSequence]) -> None:
+    def add(self, sequence: TokenSequence) -> None:
+        """Let a sequence wait for its turn. Its prompt is shorter than the decoder's max_length.
+
+        One that follows another is added right behind it, before any step.
+        """
+        if sequence.follows is None:
+            self.waiting.append(sequence)
+        else:
+            self._followers.setdefault(sequence.follows, []).append(sequence)
+
+    def cancel(self, sequences: Sequence[TokenSequence]) -> None:
         """Forget sequences, wherever they are; those that ended already are no trouble."""
         for sequence in sequences:
             sequence.is_cancelled = True
             self.pool.release(sequence.give_up())
+        self._let_follow(sequences)
         self.running = [sequence for sequence in self.running if not sequence.is_cancelled]
         self.waiting = deque(sequence for sequence in self.waiting if not sequence.is_cancelled)
 
@@ -152,6 +167,7 @@ class Batcher:
         ended = [chunk.sequence for chunk in plan.chunks if chunk.is_last]
         if not ended:
             return []
+        self._let_follow(ended)
         start = time.perf_counter()
         finite = torch.isfinite(logits.amax(dim=-1)).tolist()
         chosen = choose(logits, [sequence.draw for sequence in ended])
@@ -169,8 +185,15 @@ class Batcher:
         sequence.ids.append(chosen.token)
         return Event(sequence, chosen, sequence.finish_reason(chosen.token, self.decoder.max_length))
 
+    def _let_follow(self, leaders: Sequence[TokenSequence]) -> None:
+        """Their prompts are computed, or never will be: who waits for that is next, being as old as they are."""
+        for leader in leaders if self._followers else ():
+            followers = [one for one in self._followers.pop(leader, []) if not one.is_cancelled]
+            self.waiting.extendleft(reversed(followers))
+
     def _let_go(self, sequences: list[TokenSequence]) -> None:
         """Release what ended sequences hold."""
+        self._let_follow(sequences)
         for sequence in sequences:
             self.pool.release(sequence.give_up())
         if sequences:
@@ -179,8 +202,9 @@ class Batcher:
 
     def end_all(self, error: Exception) -> list[Event]:
         """End every sequence, because scheduling itself went wrong."""
-        sequences = [*self.running, *self.waiting]
+        sequences = [*self.running, *self.waiting, *chain.from_iterable(self._followers.values())]
         self.waiting.clear()
+        self._followers.clear()
         return self._fail(sequences, error)
 
     def _fail(self, sequences: list[TokenSequence], error: Exception) -> list[Event]:

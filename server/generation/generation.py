@@ -95,8 +95,8 @@ class Generation:
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens that were taken from the prefix cache; of several choices, what the luckiest one took."""
-        return max(sequence.cached for sequence in self._choices)
+        """Prompt tokens that were taken from the prefix cache."""
+        return sum(sequence.cached for sequence in self._choices)
 
     @property
     def queue_s(self) -> float:
@@ -132,7 +132,8 @@ class Generation:
 
     def _note_first(self, sequence: TokenSequence) -> None:
         """A choice has its first token."""
-        self.ticket.tokens -= sequence.num_prompt
+        if sequence.follows is None:
+            self.ticket.tokens -= sequence.num_prompt
         self._last = time.perf_counter()
         self._metrics.first_token_seconds.observe(self._last - self._since)
 

@@ -44,6 +44,10 @@ def test_whatever_comes_and_goes_each_text_is_its_own_and_nothing_is_left(data: 
     lengths = data.draw(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30)), min_size=1, max_size=8))
     asked = [([(7 * i + n) % 90 + 3 for i in range(n)], count) for n, count in lengths]
     sequences = [sequence(ids, count, salt=data.draw(st.sampled_from([None, SALT]))) for ids, count in asked]
+    for one, (ids, count) in zip(tuple(sequences), tuple(asked), strict=True):
+        more = data.draw(st.integers(0, 2))
+        sequences += [sequence(ids, count, salt=one.salt, follows=one) for _ in range(more)]
+        asked += [(ids, count)] * more
     leaving = {data.draw(st.integers(1, 20)): one for one in data.draw(st.sets(st.sampled_from(sequences), max_size=3))}
     for one in sequences:
         batcher.add(one)
@@ -55,7 +59,7 @@ def test_whatever_comes_and_goes_each_text_is_its_own_and_nothing_is_left(data: 
 
     finish(batcher, each_step)
 
-    assert batcher.pool.num_held == 0
+    assert batcher.pool.num_held == batcher.num_waiting == 0
     gone = list(leaving.values())
     for one, (ids, count) in zip(sequences, asked, strict=True):
         expected = alone(ids, count)
@@ -159,6 +163,50 @@ def test_generated_text_is_reused_as_a_prompt() -> None:
 
     assert second.cached == 32
     assert output(second) == alone([*first.ids, 8], 5)
+
+
+def test_several_continuations_of_a_prompt_compute_it_once() -> None:
+    batcher = batcher_of()
+    prompt = [(11 * i) % 90 + 3 for i in range(100)]  # two steps; 96 tokens fill pages
+    wild = [Sampling(temperature=1.3, seed=seed) for seed in range(4)]
+    first = sequence(prompt, 8, sampling=wild[0], salt=SALT)
+    others = [sequence(prompt, 8, sampling=one, salt=SALT, follows=first) for one in wild[1:]]
+    held = []
+    for one in (first, *others):
+        batcher.add(one)
+
+    finish(batcher, lambda _: held.append((batcher.num_waiting, batcher.pool.num_held)))
+
+    assert [output(one) for one in (first, *others)] == [alone(prompt, 8, sampling=one) for one in wild]
+    assert batcher.counters.tokens == 100 + 3 * 4 + 4 * 7
+    assert held[:3] == [(3, 7), (3, 7), (0, 6 + 4)], "one page of its own each"
+    assert (batcher.counters.cached_tokens, batcher.pool.num_held) == (0, 0)
+
+
+@pytest.mark.parametrize("ending", ["cancelled", "failed"])
+def test_when_the_first_continuation_never_computes_the_prompt_the_next_does(
+    ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batcher = batcher_of()
+    prompt = [(11 * i) % 90 + 3 for i in range(100)]
+    first = sequence(prompt, 5, salt=SALT)
+    gone, second, third = (sequence(prompt, 5, salt=SALT, follows=first) for _ in range(3))
+    for one in (first, gone, second, third):
+        batcher.add(one)
+    batcher.step()
+    batcher.cancel([gone])
+    if ending == "cancelled":
+        batcher.cancel([first])
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(batcher.decoder, "forward", lambda _: 1 / 0)
+            batcher.step()
+
+    finish(batcher)
+
+    assert output(second) == output(third) == alone(prompt, 5)
+    assert output(gone) == output(first) == []
+    assert batcher.pool.num_held == batcher.num_waiting == 0
 
 
 @pytest.mark.parametrize("salt", [None, b"t" * 32])
