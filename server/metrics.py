@@ -101,7 +101,7 @@ class GenerationState(Collector):
         batcher = self._batcher
         done, pool = batcher.counters, batcher.pool
         yield _gauge("running_sequences", "texts being generated", len(batcher.running))
-        yield _gauge("waiting_sequences", "texts that wait for KV memory or their turn", batcher.num_waiting)
+        yield _gauge("waiting_sequences", "texts that wait for KV memory or their turn", len(batcher.waiting))
         yield _gauge("kv_pages_held", "KV pages in use", pool.num_held)
         yield _gauge("kv_pages", "KV pages in all", pool.num_pages)
         yield _gauge("kv_bytes", "memory for keys and values", pool.num_pages * batcher.decoder.memory.page_bytes)
@@ -110,7 +110,7 @@ class GenerationState(Collector):
         yield _counter("generation_step_seconds", "time of those steps", done.step_s)
         yield _counter("generation_forward_seconds", "time of the model in them", done.forward_s)
         yield _counter("preemptions", "texts that gave their KV memory up and were computed again", done.preemptions)
-        yield _counter("cached_prompt_tokens", "prompt tokens found in the prefix cache", done.cached_tokens)
+        yield _counter("cached_prompt_tokens", "prompt tokens found in the pages of others", done.cached_tokens)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

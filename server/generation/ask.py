@@ -61,14 +61,12 @@ def _generation(
     for one in wanted:
         mix = generator.interned(lease.mix(one.composed.parts))
         salt = _salt(service, one)
-        first: TokenSequence | None = None
         end_ids = one.stopping.token_ids | (frozenset() if one.stopping.ignore_eos else generator.end_ids)
         for choice in range(one.n):
             draw = Draw(_seeded(one.sampling, choice), one.ids, generator.vocab_size)
-            sequence = TokenSequence(list(one.ids), mix, draw, one.stopping.max_tokens, end_ids, salt, first)
-            first = first or sequence
+            sequence = TokenSequence(list(one.ids), mix, draw, one.stopping.max_tokens, end_ids, salt)
             text = TextStream(service.backbone.tokenizer, one.ids, one.stopping.strings)
-            choices[sequence] = Choice(len(choices), text, one.sampling.logprobs is not None)
+            choices[sequence] = Choice(len(choices), text, one.sampling.logprobs is not None, is_first=choice == 0)
         service.metrics.note_composition([manifest.name for manifest in one.composed.composing])
     return Generation(choices, ticket, sum(len(one.ids) for one in wanted), service.metrics)
 

@@ -2,8 +2,8 @@
 
 schedule: every decoding sequence its next token, then prompts in chunks within the step's token budget; a waiting
 sequence is admitted once there are pages for all it has. If pages run out, the youngest running sequence gives its own
-up and is computed again later: it goes on where it was, nothing is lost. Several continuations of one prompt follow the
-first of them: their turn comes once it has computed the prompt, whose pages they then share.
+up and is computed again later: it goes on where it was, nothing is lost. What a prompt's chunk fills may be shared
+from then on, by sequences of the same step too: whatever runs a step keeps its chunks' keys and values before it looks.
 run: one forward. postprocess: choose tokens, let finished sequences go, tell what happened.
 
 Lives on the engine's thread; nothing here is locked.
@@ -11,9 +11,8 @@ Lives on the engine's thread; nothing here is locked.
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -54,7 +53,6 @@ class Batcher:
         self.pool = PagePool(decoder.memory.num_pages)
         self.waiting: deque[TokenSequence] = deque()
         self.running: list[TokenSequence] = []  # oldest first
-        self._followers: dict[TokenSequence, list[TokenSequence]] = {}  # by whose prompt they wait for
         self.counters = Counters()
 
     @property
@@ -62,27 +60,15 @@ class Batcher:
         """True while a step would do something."""
         return bool(self.running or self.waiting)
 
-    @property
-    def num_waiting(self) -> int:
-        """Sequences that were added and are not running."""
-        return len(self.waiting) + sum(map(len, self._followers.values()))
-
     def add(self, sequence: TokenSequence) -> None:
-        """Let a sequence wait for its turn. Its prompt is shorter than the decoder's max_length.
+        """Let a sequence wait for its turn. Its prompt is shorter than the decoder's max_length."""
+        self.waiting.append(sequence)
 
-        One that follows another is added right behind it, before any step.
-        """
-        if sequence.follows is None:
-            self.waiting.append(sequence)
-        else:
-            self._followers.setdefault(sequence.follows, []).append(sequence)
-
-    def cancel(self, sequences: Sequence[TokenSequence]) -> None:
+    def cancel(self, sequences: Iterable[TokenSequence]) -> None:
         """Forget sequences, wherever they are; those that ended already are no trouble."""
         for sequence in sequences:
             sequence.is_cancelled = True
             self.pool.release(sequence.give_up())
-        self._let_follow(sequences)
         self.running = [sequence for sequence in self.running if not sequence.is_cancelled]
         self.waiting = deque(sequence for sequence in self.waiting if not sequence.is_cancelled)
 
@@ -115,12 +101,13 @@ class Batcher:
             budget -= self._take_chunk(sequence, budget, chunks)
         return chunks
 
-    @staticmethod
-    def _take_chunk(sequence: TokenSequence, budget: int, chunks: list[Chunk]) -> int:
+    def _take_chunk(self, sequence: TokenSequence, budget: int, chunks: list[Chunk]) -> int:
         """Add what fits of a sequence's tokens; how many."""
-        count = min(budget, sequence.remaining)
-        chunks.append(Chunk(sequence, sequence.computed, count))
-        return count
+        chunk = Chunk(sequence, sequence.computed, min(budget, sequence.remaining))
+        chunks.append(chunk)
+        if chunk.count > 1:  # a single token may be kept only when its own turn to look comes
+            sequence.name_pages(chunk.end, self.pool.name)
+        return chunk.count
 
     def _has_room(self, sequence: TokenSequence) -> bool:
         """True once its next token has a place, if need be at the cost of the youngest; False if that is itself."""
@@ -163,11 +150,10 @@ class Batcher:
         """The next tokens, and why any was the last one."""
         for chunk in plan.chunks:
             chunk.sequence.computed = chunk.end
-            chunk.sequence.name_pages(self.pool.name)
+            chunk.sequence.name_pages(chunk.end, self.pool.name)
         ended = [chunk.sequence for chunk in plan.chunks if chunk.is_last]
         if not ended:
             return []
-        self._let_follow(ended)
         start = time.perf_counter()
         finite = torch.isfinite(logits.amax(dim=-1)).tolist()
         chosen = choose(logits, [sequence.draw for sequence in ended])
@@ -185,15 +171,8 @@ class Batcher:
         sequence.ids.append(chosen.token)
         return Event(sequence, chosen, sequence.finish_reason(chosen.token, self.decoder.max_length))
 
-    def _let_follow(self, leaders: Sequence[TokenSequence]) -> None:
-        """Their prompts are computed, or never will be: who waits for that is next, being as old as they are."""
-        for leader in leaders if self._followers else ():
-            followers = [one for one in self._followers.pop(leader, []) if not one.is_cancelled]
-            self.waiting.extendleft(reversed(followers))
-
     def _let_go(self, sequences: list[TokenSequence]) -> None:
         """Release what ended sequences hold."""
-        self._let_follow(sequences)
         for sequence in sequences:
             self.pool.release(sequence.give_up())
         if sequences:
@@ -202,13 +181,14 @@ class Batcher:
 
     def end_all(self, error: Exception) -> list[Event]:
         """End every sequence, because scheduling itself went wrong."""
-        sequences = [*self.running, *self.waiting, *chain.from_iterable(self._followers.values())]
+        sequences = [*self.running, *self.waiting]
         self.waiting.clear()
-        self._followers.clear()
         return self._fail(sequences, error)
 
     def _fail(self, sequences: list[TokenSequence], error: Exception) -> list[Event]:
-        """End the sequences of a step that failed."""
+        """End the sequences of a step that failed; what their pages hold is not known."""
+        for sequence in sequences:
+            self.pool.forget(sequence.pages)
         self._let_go(sequences)
         failed = BatchFailedError("the forward pass failed; the server's log says why")
         failed.__cause__ = error

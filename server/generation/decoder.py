@@ -20,7 +20,7 @@ from adapters_store.packing import PACKED, attending
 from server.generation import native_attention
 from server.generation.attention import KVMemory, PagedAttention
 from server.generation.graphs import GraphedDecode, StepBuffers
-from server.generation.padded import PagedCache, groups_of
+from server.generation.padded import PagedCache
 from server.generation.pages import PAGE, PagePool, pages_for
 from server.generation.plan import Chunk, Plan
 from server.generation.sampling import Draw, Sampling
@@ -119,8 +119,10 @@ class Decoder:
         return batch
 
     def _padded(self, plan: Plan) -> Tensor:
-        """The same in a forward for all single tokens, and one for each longer chunk."""
-        return torch.cat([self._padded_group(group) for group in groups_of(plan.chunks, plan.num_singles)])
+        """The same in a forward for each longer chunk, whose pages the next may look at, then one for all singles."""
+        longer = [self._padded_group([chunk]) for chunk in plan.chunks[plan.num_singles :]]
+        singles = [self._padded_group(plan.chunks[: plan.num_singles])] if plan.num_singles else []
+        return torch.cat([*singles, *longer])
 
     def _padded_group(self, chunks: list[Chunk]) -> Tensor:
         cache = PagedCache(self.memory, chunks)

@@ -54,11 +54,15 @@ class Ticket:
 
 @dataclass(eq=False)
 class Choice:
-    """One sequence on the event loop's side. tells_tokens: also deltas without text, for their log-probabilities."""
+    """One sequence on the event loop's side.
+
+    tells_tokens: also deltas without text, for their log-probabilities. is_first: of its prompt.
+    """
 
     index: int
     text: TextStream
     tells_tokens: bool
+    is_first: bool
     num_tokens: int = 0
     is_done: bool = False
 
@@ -95,8 +99,8 @@ class Generation:
 
     @property
     def cached_tokens(self) -> int:
-        """Prompt tokens that were taken from the prefix cache."""
-        return sum(sequence.cached for sequence in self._choices)
+        """Tokens of the prompts that somebody else had computed. Each prompt counts once, as in `prompt_tokens`."""
+        return sum(sequence.cached for sequence, choice in self._choices.items() if choice.is_first)
 
     @property
     def queue_s(self) -> float:
@@ -112,7 +116,7 @@ class Generation:
             self.fail(event.error or AssertionError("our bug: an event without a token"))
             return False
         if not choice.num_tokens:
-            self._note_first(event.sequence)
+            self._note_first(event.sequence, choice)
         choice.num_tokens += 1
         text, reason = self._text(choice, event)
         choice.is_done = reason is not None
@@ -130,9 +134,9 @@ class Generation:
             return text, "stop"
         return text + (choice.text.finish() if event.finish_reason else ""), event.finish_reason
 
-    def _note_first(self, sequence: TokenSequence) -> None:
+    def _note_first(self, sequence: TokenSequence, choice: Choice) -> None:
         """A choice has its first token."""
-        if sequence.follows is None:
+        if choice.is_first:
             self.ticket.tokens -= sequence.num_prompt
         self._last = time.perf_counter()
         self._metrics.first_token_seconds.observe(self._last - self._since)

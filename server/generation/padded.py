@@ -68,8 +68,3 @@ class PagedCache(Cache):  # type: ignore[misc]  # the library is untyped
         """(rows, count)."""
         starts = torch.tensor([chunk.past for chunk in self._chunks], device=self._memory.device)
         return starts[:, None] + torch.arange(self._count, device=starts.device)
-
-
-def groups_of(chunks: list[Chunk], num_singles: int) -> list[list[Chunk]]:
-    """Chunks that can share a padded forward, in their order: all single tokens, then each longer one by itself."""
-    return [group for group in (chunks[:num_singles], *([chunk] for chunk in chunks[num_singles:])) if group]

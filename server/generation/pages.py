@@ -89,6 +89,13 @@ class PagePool:
             self._page_of[key] = page
             self._key_of[page] = key
 
+    def forget(self, pages: Iterable[int]) -> None:
+        """Nobody else may share these held pages: their content is not what was said of it."""
+        for page in pages:
+            key = self._key_of.pop(page, None)
+            if key is not None:
+                del self._page_of[key]
+
     def release(self, pages: Sequence[int]) -> None:
         """One holder less of each."""
         for page in reversed(pages):  # the end of a prefix is forgotten before its beginning

@@ -16,8 +16,7 @@ class TokenSequence:
     """A prompt and what was generated behind it. After it was added, only the engine's thread touches it.
 
     ids: prompt, then output. end_ids: tokens that end it. salt: what its keys and values depend on besides tokens;
-    None: never shared. follows: a sequence with its prompt and salt, which computes the prompt for both. computed:
-    tokens whose keys and values lie in the pages.
+    None: never shared. computed: tokens whose keys and values lie in the pages.
     """
 
     ids: list[int]
@@ -26,10 +25,9 @@ class TokenSequence:
     max_tokens: int
     end_ids: frozenset[int] = frozenset()
     salt: bytes | None = None
-    follows: "TokenSequence | None" = None
     num_prompt: int = field(init=False)
     computed: int = 0
-    cached: int = 0  # prompt tokens that were found in pages of earlier calls when it was first admitted
+    cached: int = 0  # prompt tokens that were found in pages of others when it was first admitted
     pages: list[int] = field(default_factory=list)
     is_cancelled: bool = False
     is_begun: bool = False
@@ -64,7 +62,7 @@ class TokenSequence:
         self.pages = pages
         self._named = len(pages)
         self.computed = len(pages) * PAGE
-        if not self.is_begun and self.follows is None:
+        if not self.is_begun:
             self.cached = self.computed
 
     def give_up(self) -> list[int]:
@@ -73,9 +71,9 @@ class TokenSequence:
         self.computed = self._named = 0
         return pages
 
-    def name_pages(self, name: Callable[[int, bytes], None]) -> None:
-        """Tell the pages that became full since the last call."""
-        full = self.computed // PAGE
+    def name_pages(self, end: int, name: Callable[[int, bytes], None]) -> None:
+        """Tell the pages that are full with tokens up to this end and were not told yet."""
+        full = end // PAGE
         if self.salt is None or full == self._named:
             return
         keys = self._keys = self._extended_keys(full)

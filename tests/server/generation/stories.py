@@ -140,7 +140,7 @@ class Stories:
         generator = self.service.generator
         assert generator is not None
         batcher = generator.batcher
-        sequences = len(batcher.running) + batcher.num_waiting
+        sequences = len(batcher.running) + len(batcher.waiting)
         held = batcher.pool.num_held + self.service.residency.num_held
         return generator.num_active + sequences + held == 0
 

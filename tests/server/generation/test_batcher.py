@@ -41,13 +41,10 @@ def alone(ids: list[int], count: int, **changes: Any) -> list[int]:
 def test_whatever_comes_and_goes_each_text_is_its_own_and_nothing_is_left(data: st.DataObject) -> None:
     pages = data.draw(st.integers(8, 30))
     batcher = batcher_of(pages, step_tokens=data.draw(st.integers(1, 40)), max_sequences=data.draw(st.integers(1, 6)))
-    lengths = data.draw(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 30)), min_size=1, max_size=8))
-    asked = [([(7 * i + n) % 90 + 3 for i in range(n)], count) for n, count in lengths]
+    some = st.tuples(st.integers(0, 1), st.integers(1, 40), st.integers(1, 30))  # which text, tokens of it, new tokens
+    drawn = data.draw(st.lists(some, min_size=1, max_size=8))
+    asked = [([(7 * i + 11 * text) % 90 + 3 for i in range(n)], count) for text, n, count in drawn]
     sequences = [sequence(ids, count, salt=data.draw(st.sampled_from([None, SALT]))) for ids, count in asked]
-    for one, (ids, count) in zip(tuple(sequences), tuple(asked), strict=True):
-        more = data.draw(st.integers(0, 2))
-        sequences += [sequence(ids, count, salt=one.salt, follows=one) for _ in range(more)]
-        asked += [(ids, count)] * more
     leaving = {data.draw(st.integers(1, 20)): one for one in data.draw(st.sets(st.sampled_from(sequences), max_size=3))}
     for one in sequences:
         batcher.add(one)
@@ -59,7 +56,7 @@ def test_whatever_comes_and_goes_each_text_is_its_own_and_nothing_is_left(data: 
 
     finish(batcher, each_step)
 
-    assert batcher.pool.num_held == batcher.num_waiting == 0
+    assert batcher.pool.num_held == 0
     gone = list(leaving.values())
     for one, (ids, count) in zip(sequences, asked, strict=True):
         expected = alone(ids, count)
@@ -165,48 +162,52 @@ def test_generated_text_is_reused_as_a_prompt() -> None:
     assert output(second) == alone([*first.ids, 8], 5)
 
 
-def test_several_continuations_of_a_prompt_compute_it_once() -> None:
+def test_equal_prompts_of_one_step_are_computed_once() -> None:
     batcher = batcher_of()
     prompt = [(11 * i) % 90 + 3 for i in range(100)]  # two steps; 96 tokens fill pages
     wild = [Sampling(temperature=1.3, seed=seed) for seed in range(4)]
-    first = sequence(prompt, 8, sampling=wild[0], salt=SALT)
-    others = [sequence(prompt, 8, sampling=one, salt=SALT, follows=first) for one in wild[1:]]
+    sequences = [sequence(prompt, 8, sampling=one, salt=SALT) for one in wild]
     held = []
-    for one in (first, *others):
+    for one in sequences:
         batcher.add(one)
 
-    finish(batcher, lambda _: held.append((batcher.num_waiting, batcher.pool.num_held)))
+    finish(batcher, lambda _: held.append((batcher.counters.tokens, batcher.pool.num_held)))
 
-    assert [output(one) for one in (first, *others)] == [alone(prompt, 8, sampling=one) for one in wild]
+    assert [output(one) for one in sequences] == [alone(prompt, 8, sampling=one) for one in wild]
+    assert held[:2] == [(64, 7), (100 + 3 * 4, 6 + 4)], "what does not fill a page is computed by each"
     assert batcher.counters.tokens == 100 + 3 * 4 + 4 * 7
-    assert held[:3] == [(3, 7), (3, 7), (0, 6 + 4)], "one page of its own each"
-    assert (batcher.counters.cached_tokens, batcher.pool.num_held) == (0, 0)
+    assert batcher.pool.num_held == 0
 
 
-@pytest.mark.parametrize("ending", ["cancelled", "failed"])
-def test_when_the_first_continuation_never_computes_the_prompt_the_next_does(
-    ending: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batcher = batcher_of()
-    prompt = [(11 * i) % 90 + 3 for i in range(100)]
-    first = sequence(prompt, 5, salt=SALT)
-    gone, second, third = (sequence(prompt, 5, salt=SALT, follows=first) for _ in range(3))
-    for one in (first, gone, second, third):
+@pytest.mark.parametrize("length", [17, 33, 48])
+def test_a_last_token_looks_at_pages_that_its_own_step_fills(length: int) -> None:
+    batcher = batcher_of(step_tokens=256)
+    prompt = [(11 * i) % 90 + 3 for i in range(length)]
+    sequences = [sequence(prompt, 5, salt=SALT) for _ in range(3)]
+    for one in sequences:
         batcher.add(one)
     batcher.step()
-    batcher.cancel([gone])
-    if ending == "cancelled":
-        batcher.cancel([first])
-    else:
-        with monkeypatch.context() as patch:
-            patch.setattr(batcher.decoder, "forward", lambda _: 1 / 0)
-            batcher.step()
+
+    assert batcher.counters.tokens == length + 2 * ((length - 1) % PAGE + 1)
+    finish(batcher)
+    assert [output(one) for one in sequences] == [alone(prompt, 5)] * 3
+
+
+def test_what_a_failed_step_wrote_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    batcher = batcher_of(step_tokens=256)
+    prompt = [(11 * i) % 90 + 3 for i in range(100)]
+    for one in (sequence(prompt, 5, salt=SALT), sequence(prompt, 5, salt=SALT)):
+        batcher.add(one)
+    with monkeypatch.context() as patch:
+        patch.setattr(batcher.decoder, "forward", lambda _: 1 / 0)
+        batcher.step()
+    again = sequence(prompt, 5, salt=SALT)
+    batcher.add(again)
 
     finish(batcher)
 
-    assert output(second) == output(third) == alone(prompt, 5)
-    assert output(gone) == output(first) == []
-    assert batcher.pool.num_held == batcher.num_waiting == 0
+    assert (again.cached, output(again)) == (0, alone(prompt, 5))
+    assert batcher.pool.num_held == 0
 
 
 @pytest.mark.parametrize("salt", [None, b"t" * 32])

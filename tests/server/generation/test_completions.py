@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 from transformers import AutoModelForCausalLM
 
 from server import openai_schema
+from server.generation.pages import PAGE
 from tests.server.generation.stories import BEGUN, CONTEXT, NAME, NEEDS_STORIES, STORIES, Stories, stories_server
 from tests.server.test_openapi import assert_said
 from tests.server.test_security import make_key
@@ -83,6 +84,19 @@ def test_choices_of_a_seed_differ_from_each_other_and_come_again(stories: Storie
     assert stories.text(**body | {"n": 1, "seed": 8}) not in texts
     assert first["usage"]["prompt_tokens"] == len(stories.ids())
     assert first["usage"]["completion_tokens"] == 72
+
+
+def test_choices_compute_their_prompt_once(stories: Stories) -> None:
+    counters = stories.service.generator.batcher.counters
+    before = counters.tokens
+    ids = [*stories.ids(), *range(300, 300 + 32)]
+
+    answer = stories.complete(prompt=ids, n=4, temperature=1, seed=3, max_tokens=3)
+
+    left = (len(ids) - 1) % PAGE + 1  # behind the last page that all of it fill
+    assert counters.tokens - before == len(ids) + 3 * left + 4 * 2
+    assert answer["usage"]["prompt_tokens"] == len(ids)
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}, "the first choice found nothing"
 
 
 def test_choices_of_several_prompts_come_prompt_by_prompt(stories: Stories) -> None:

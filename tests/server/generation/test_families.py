@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapters_store.errors import UnsupportedError
 from adapters_store.language import LanguageModel
+from server.generation import native_attention
 from server.generation.batcher import Batcher
 from server.generation.decoder import Decoder
 from tests.server.generation.decoding import decoder_of, finish, output, sequence
@@ -95,6 +96,27 @@ def test_long_prompts_in_chunks_are_what_generate_gives_too(family: str) -> None
 
     fresh = causal(family, max_position_embeddings=512)
     assert [output(one) for one in sequences] == [greedy(fresh, prompt, 9) for prompt in long]
+
+
+@pytest.mark.parametrize("is_native", [True, False], ids=["native", "torch"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_that_begin_alike_share_what_their_own_step_computes(
+    family: str, is_native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_native:
+        monkeypatch.setattr(native_attention, "supports", lambda *_: False)
+    [long] = prompts(4, 1)
+    alike = [[*long, *range(3, 45 - len(long) + 3)][:length] for length in (45, 45, 33, 20)]
+    batcher = Batcher(decoder_of(language(family)), step_tokens=512)
+    sequences = [sequence(prompt, 6, salt=b"s" * 32) for prompt in alike]
+    for one in sequences:
+        batcher.add(one)
+    batcher.step()
+
+    assert batcher.counters.tokens == 45 + 13 + 1 + 4, "pages of 16 tokens are the first one's"
+    finish(batcher)
+    model = causal(family)
+    assert [output(one) for one in sequences] == [greedy(model, prompt, 6) for prompt in alike]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

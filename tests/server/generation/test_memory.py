@@ -91,7 +91,7 @@ def held(service: Service) -> int:
     batcher = service.generator.batcher
     return (
         service.generator.num_active + service.generator.waiting_tokens + service.residency.num_held
-        + batcher.pool.num_held + len(batcher.running) + batcher.num_waiting
+        + batcher.pool.num_held + len(batcher.running) + len(batcher.waiting)
     )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def test_whatever_is_done_pages_are_held_once_or_shared_and_none_is_lost(data: s
     content: dict[int, bytes] = {}
     names = [bytes([i]) * 32 for i in range(6)]
     for _ in range(data.draw(st.integers(1, 40))):
-        action = data.draw(st.sampled_from(["take", "release", "name", "share"]))
+        action = data.draw(st.sampled_from(["take", "release", "name", "share", "forget"]))
         if action == "take":
             count = data.draw(st.integers(0, 4))
             available = pool.num_available
@@ -70,6 +70,10 @@ def test_whatever_is_done_pages_are_held_once_or_shared_and_none_is_lost(data: s
             shared = pool.share([key])
             assert all(content[page] == key for page in shared)
             held += [shared] if shared else []
+        elif action == "forget" and held:
+            pages = data.draw(st.sampled_from(held))
+            pool.forget(pages)
+            content = {page: key for page, key in content.items() if page not in pages}
         used = Counter(page for pages in held for page in pages)
         assert pool.num_held == len(used)
         assert pool.num_known == len(content)
