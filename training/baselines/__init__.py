@@ -17,6 +17,7 @@ from training.baselines import (
     phatgoose,
     poly,
     shared,
+    shared_tied,
     single,
     task_arithmetic,
     ties,
@@ -42,6 +43,7 @@ _ALL = (
     Method("xlora", "pluggable", xlora.run, "Buehler & Buehler 2024"),
     Method("adapterfusion", "pluggable", adapterfusion.run, "Pfeiffer et al. 2021"),
     Method("shared", "joint", shared.run, "Caruana 1997, hard parameter sharing"),
+    Method("shared_tied", "joint", shared_tied.run, "Caruana 1997, one model for all labels of a name"),
     Method("uniform_joint", "joint", uniform_joint.run, "uniform weights, trained together"),
     Method("poly", "joint", poly.run, "Ponti et al. 2023; Caccia et al. 2023"),
 )

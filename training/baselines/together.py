@@ -16,11 +16,15 @@ from training.suite.workbench import Workbench
 
 
 def trained_together(
-    bench: Workbench, count: int, weigh: Callable[[], Tensor], recipe: Recipe, extra: Extra = NOTHING_MORE
-) -> Result:
-    """Modules and heads trained under weights that may be learned, then answered under the weights as they ended."""
+    bench: Workbench, count: int, weigh: Callable[[], Tensor], recipe: Recipe, extra: Extra = NOTHING_MORE,
+    ties: Tensor | None = None,
+) -> Result:  # fmt: skip
+    """Modules and heads trained under weights that may be learned, then answered under the weights as they ended.
+
+    ties: (T, T) how much heads share where tasks have the same labels; None: nothing.
+    """
     modules = Modules(bench.tail, count, bench.setting.seed)
-    heads = Heads(bench.tasks, bench.hidden_size, bench.setting.seed)
+    heads = Heads(bench.tasks, bench.hidden_size, bench.setting.seed, ties)
     history = train(bench, modules, heads, lambda _: mixes(weigh()), recipe, extra)
     weights, frozen = weigh().detach(), heads.frozen()
     pool = under(bench, Nodes(modules.adapters(), frozen), weights)

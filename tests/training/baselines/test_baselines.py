@@ -39,6 +39,7 @@ def test_the_registry_says_whose_idea_each_is() -> None:
     assert all(method.name == name and method.source for name, method in BASELINES.items())
     assert [name for name, method in BASELINES.items() if method.regime == "joint"] == [
         "shared",
+        "shared_tied",
         "uniform_joint",
         "poly",
     ]
