@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from adapters_store.errors import UnsupportedError
 from adapters_store.mixing import Mix, MixedBatch
 from adapters_store.packing import PACKED, packed, runs_of
 from adapters_store.places import in_eval
@@ -36,6 +37,7 @@ class Encoder:
         self.pooler = _take_pooler(model)
         self._accepts = set(inspect.signature(model.forward).parameters)
         self.first_position = _first_position(model)
+        self._windows: set[int] = set()  # of attention in the last packed forward
         self._probe = _probe_rows(int(config.vocab_size), pad_id)
         self.is_packed = self._try_packing()
         with torch.no_grad():
@@ -93,7 +95,7 @@ class Encoder:
         lengths = [len(row) for row in rows]
         ids = torch.tensor([[token for row in rows for token in row]], device=self.device)  # (1, tokens)
         positions = torch.cat([torch.arange(length) for length in lengths])[None].to(self.device) + self.first_position
-        with self.sites.mixing(batch, reference=reference), packed(lengths):
+        with self.sites.mixing(batch, reference=reference), packed(lengths) as self._windows:
             return self._forward(input_ids=ids, position_ids=positions)[0]
 
     def _padded(self, rows: Rows, batch: MixedBatch, reference: bool) -> Tensor:
@@ -112,7 +114,9 @@ class Encoder:
             inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
         switches: dict[str, Any] = {"use_cache": False} if "use_cache" in self._accepts else {}
         model: Any = self.model
-        hidden: Tensor = model(**inputs, **switches).last_hidden_state
+        hidden: Tensor | None = getattr(model(**inputs, **switches), "last_hidden_state", None)
+        if hidden is None:
+            raise UnsupportedError(f"{type(model).__name__} gives no hidden states; give a model without a task head")
         return hidden
 
     def _pool_runs(
@@ -154,6 +158,8 @@ class Encoder:
             found = self._packed(rows, batch, reference=False)
         except (ValueError, RuntimeError, IndexError, TypeError, KeyError, AttributeError):
             return False  # this family's forward cannot be packed; padding serves it
+        if _has_windows(self.model.config) and not self._windows:
+            return False  # its windows are in its masks only, which packed attention does not read
         tolerance = 1e-4 if self.dtype == torch.float32 else 0.05
         return bool((found - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0))
 
@@ -170,6 +176,14 @@ def _probe_rows(vocab_size: int, pad_id: int) -> list[list[int]]:
     """Three rows of different lengths without padding tokens."""
     rows = [[(7 * i + 3 * n + 11) % (vocab_size - 2) + 1 for i in range(n)] for n in (5, 9, 9)]
     return [[token if token != pad_id else token + 1 for token in row] for row in rows]
+
+
+def _has_windows(config: Any) -> bool:
+    """True if some layers look only so far back, or within chunks."""
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        return any(kind in ("sliding_attention", "chunked_attention") for kind in types)
+    return any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
 
 
 def _first_position(model: nn.Module) -> int:

@@ -59,10 +59,11 @@ def attending(attend: Attend) -> Iterator[None]:
 
 
 @contextmanager
-def packed(lengths: Sequence[int]) -> Iterator[None]:
-    """While inside, packed attention works within rows of these lengths."""
-    with attending(_WithinRows(lengths)):
-        yield
+def packed(lengths: Sequence[int]) -> Iterator[set[int]]:
+    """While inside, packed attention works within rows of these lengths; the windows that it was told of so far."""
+    within = _WithinRows(lengths)
+    with attending(within):
+        yield within.windows
 
 
 def packed_attention(
@@ -102,9 +103,12 @@ class _WithinRows:
         self._runs = runs_of(lengths)
         self._sizes = [rows * length for _, rows, length in self._runs]
         self._bands: dict[tuple[int, int | None, bool], Tensor] = {}  # this batch's masks
+        self.windows: set[int] = set()
 
     def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """See Attend."""
+        if scoring.window is not None:
+            self.windows.add(scoring.window)
         # split, not sliced: one gradient buffer instead of one per run
         parts = zip(*(torch.split(tensor, self._sizes, dim=1) for tensor in (query, key, value)), strict=True)
         pieces = []

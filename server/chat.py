@@ -5,7 +5,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from server.completions_schema import Message
+from server.completions_schema import HALF_A_CHARACTER, Message, is_whole
 from server.errors import BadInputError
 
 
@@ -24,6 +24,15 @@ def prompt_text(tokenizer: Any, messages: Sequence[Message]) -> str:
         told = [one | {"role": "system"} if one["role"] == "developer" else one for one in told]
     try:
         text: str = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:  # a template is a program
+    except (
+        TemplateError,
+        ArithmeticError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:  # a template is a program
         raise BadInputError(f"the backbone's chat template refuses these messages: {error}") from error
+    if not is_whole(text):
+        raise BadInputError(f"messages: {HALF_A_CHARACTER}")
     return text

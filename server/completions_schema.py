@@ -29,12 +29,26 @@ def _only(*fine: object, why: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+HALF_A_CHARACTER = "a text has half a character (a lone surrogate, U+D800 to U+DFFF); send whole ones"
+
+
+def is_whole(text: str) -> bool:
+    """True for text that can be encoded: JSON may write half a character, tokenizers read whole ones."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _prompts(value: object) -> list[str] | list[list[int]]:
     """The list of prompts, however they were sent."""
     many = [value] if isinstance(value, str) or _is_ids(value) else value
     if isinstance(many, list) and many and all(isinstance(one, str) for one in many):
         if max(map(len, many)) > MAX_TEXT:
             raise ValueError(f"a text has more than {MAX_TEXT} characters")
+        if not all(map(is_whole, many)):
+            raise ValueError(HALF_A_CHARACTER)
         return many
     if isinstance(many, list) and many and all(map(_is_ids, many)):
         return many

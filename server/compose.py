@@ -102,6 +102,8 @@ class Composer:
         """Raises NotFoundError, InvalidError, NoHeadError or TooManyAdaptersError."""
         if catalog is not self._catalog or len(self._known) > 16384:
             self._catalog, self._known = catalog, {}
+        if ask.adapters is not None:
+            return self._compose(ask, catalog)  # clients make these up: keeping them would cost more than it saves
         if ask not in self._known:
             self._known[ask] = self._compose(ask, catalog)
         return self._known[ask]

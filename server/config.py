@@ -37,7 +37,11 @@ class Settings(BaseSettings):
     step_tokens: int = Field(512, ge=1, description="tokens of one generation step: long prompts are read in chunks")
     max_sequences: int = Field(256, ge=1, description="texts generated at once at most")
     cuda_graphs: bool = Field(False, description="replay decoding steps as CUDA graphs; has not been run on a GPU yet")
-    prefix_cache: bool = Field(False, description="reuse keys and values of equal prompts under equal compositions")
+    prefix_cache: bool = Field(
+        False,
+        description="reuse keys and values of equal prompts under equal compositions; shared by all API keys: usage then "
+        "tells a caller how much of a prompt somebody had asked before",
+    )
     max_inputs: int = Field(1024, ge=1, description="rows of one call at most, fan-out counted")
     max_adapters: int = Field(64, ge=1, description="adapters composed for one row at most")
     slots: int = Field(1024, ge=1, description="adapters on the device at most")

@@ -62,8 +62,9 @@ def _generation(
         mix = generator.interned(lease.mix(one.composed.parts))
         salt = _salt(service, one)
         end_ids = one.stopping.token_ids | (frozenset() if one.stopping.ignore_eos else generator.end_ids)
+        first = Draw(one.sampling, one.ids, generator.vocab_size)
         for choice in range(one.n):
-            draw = Draw(_seeded(one.sampling, choice), one.ids, generator.vocab_size)
+            draw = Draw(_seeded(one.sampling, choice), one.ids, generator.vocab_size, like=first) if choice else first
             sequence = TokenSequence(list(one.ids), mix, draw, one.stopping.max_tokens, end_ids, salt)
             text = TextStream(service.backbone.tokenizer, one.ids, one.stopping.strings)
             choices[sequence] = Choice(len(choices), text, one.sampling.logprobs is not None, is_first=choice == 0)

@@ -201,6 +201,8 @@ def attend_padded(
     at = torch.arange(key.shape[2], device=query.device)
     apart = lengths[:, None] - 1 - at  # (rows, longest)
     seen = (apart >= 0) & (apart < (scoring.window or key.shape[2]))
+    unseen = ~seen[:, None, :, None]  # pages of others may hold infinity, and a weight of 0 would not hide that
+    key, value = key.masked_fill(unseen, 0), value.masked_fill(unseen, 0)
     groups = query.reshape(rows, key.shape[1], heads // key.shape[1], -1)  # heads that share keys as more queries
     mask = seen[:, None, None]
     if scoring.softcap is not None:

@@ -156,20 +156,39 @@ class Batcher:
             return []
         start = time.perf_counter()
         finite = torch.isfinite(logits.amax(dim=-1)).tolist()
+        events = []
+        if not all(finite):
+            events = self._not_finite([one for one, is_finite in zip(ended, finite, strict=True) if not is_finite])
+            ended = [one for one, is_finite in zip(ended, finite, strict=True) if is_finite]
+            logits = logits[torch.tensor(finite, device=logits.device)]
         chosen = choose(logits, [sequence.draw for sequence in ended])
         self.counters.sampling_s += time.perf_counter() - start
-        events = [self._event(*one) for one in zip(ended, chosen, finite, strict=True)]
+        events += [self._event(*one) for one in zip(ended, chosen, strict=True)]
         self._let_go([event.sequence for event in events if event.finish_reason or event.error])
         return events
 
-    def _event(self, sequence: TokenSequence, chosen: Chosen, is_finite: bool) -> Event:
-        if not is_finite:
-            error = NotFiniteAnswerError(
-                "the composition gives NaN or infinity: the weights, or the adapters, are too large"
-            )
-            return Event(sequence, None, error=error)
+    def _event(self, sequence: TokenSequence, chosen: Chosen) -> Event:
         sequence.ids.append(chosen.token)
         return Event(sequence, chosen, sequence.finish_reason(chosen.token, self.decoder.max_length))
+
+    def _not_finite(self, sequences: list[TokenSequence]) -> list[Event]:
+        """What became of sequences without a number to choose by: errors, or another try.
+
+        Attention weighs what it must not see with 0, and 0 times infinity is no number: one token that overflows spoils
+        the keys and values of the tokens before it in its chunk. So nobody may share these pages any more, and who did
+        is computed again from its own tokens alone.
+        """
+        for sequence in sequences:
+            self.pool.forget(sequence.pages)
+        again = [sequence for sequence in sequences if sequence.has_shared]
+        self._let_go(again)
+        for sequence in again:
+            sequence.salt = None
+        self.waiting.extendleft(reversed(again))
+        error = NotFiniteAnswerError(
+            "the composition gives NaN or infinity: the weights, or the adapters, are too large"
+        )
+        return [Event(sequence, None, error=error) for sequence in sequences if sequence not in again]
 
     def _let_go(self, sequences: list[TokenSequence]) -> None:
         """Release what ended sequences hold."""

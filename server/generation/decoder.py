@@ -69,6 +69,8 @@ class Decoder:
             return "the model's own, over padded rows"
         if self.encoder.device.type != "cpu":
             return f"torch on {self.encoder.device}"
+        if not native_attention.supports(self.encoder.dtype, self.encoder.device):
+            return f"torch, in {str(self.encoder.dtype).removeprefix('torch.')}"
         return native_attention.status().detail
 
     @property

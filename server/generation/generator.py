@@ -144,11 +144,20 @@ class Generator:
                 self._owner.pop(event.sequence, None)
             if event.error:
                 self._note(event.error)
-            if generation and generation.receive(event):
+            if generation and self._is_stopped_by(generation, event):
                 stopped.append(event.sequence)
         self._metrics.generated_tokens.inc(len(events))
         if stopped:  # they stay owned until their call lets them go: their adapters are in use until they are cancelled
             self._engine.post(lambda: self.batcher.cancel(stopped))
+
+    def _is_stopped_by(self, generation: Generation, event: Event) -> bool:
+        """Hand a token on; True if its sequence is not to go on. A tokenizer that fails ends its own call only."""
+        try:
+            return generation.receive(event)
+        except Exception as error:  # noqa: BLE001  # foreign code
+            self._note(error)
+            generation.fail(error)
+            return True
 
     def _note(self, error: Exception) -> None:
         self._metrics.forward_failures.inc()

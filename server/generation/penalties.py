@@ -10,6 +10,7 @@ A sequence keeps a table with one line per such token, of which a new token chan
 vocabulary.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -45,6 +46,12 @@ class Penalties:
         seen = set(repeated)
         self._factors = np.array([repetition if token in seen else 1 for token in tokens], np.float32)
         self._shifts = np.array([bias.get(token, 0) for token in tokens], np.float32)
+
+    def copy(self) -> "Penalties":
+        """The same table, to go its own way."""
+        found = copy.copy(self)
+        vars(found).update({name: copy.copy(value) for name, value in vars(self).items()})
+        return found
 
     @property
     def table(self) -> Table:

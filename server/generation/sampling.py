@@ -48,13 +48,18 @@ class Chosen:
 class Draw:
     """One sequence's state: its penalties' counts and its own random numbers. Survives preemption."""
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], vocab_size: int) -> None:
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], vocab_size: int, like: "Draw | None" = None) -> None:
+        """like: a draw for the same prompt, penalties and bias that nothing was noted in; saves reading the prompt."""
         self.sampling = sampling
         self.is_greedy = sampling.temperature < GREEDY or sampling.top_k == 1
         self.top_k = sampling.top_k if 0 < sampling.top_k < vocab_size else 0
         self.is_ranked = self.top_k > 0 or sampling.top_p < 1
         self.random = Random(sampling.seed)  # noqa: S311  # draws tokens, guards nothing
-        self.penalties = _penalties(sampling, prompt, vocab_size)
+        self.penalties: Penalties | None
+        if like is None:
+            self.penalties = _penalties(sampling, prompt, vocab_size)
+        else:
+            self.penalties = like.penalties and like.penalties.copy()
 
 
 def _penalties(sampling: Sampling, prompt: Sequence[int], vocab_size: int) -> Penalties | None:

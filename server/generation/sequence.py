@@ -31,6 +31,7 @@ class TokenSequence:
     pages: list[int] = field(default_factory=list)
     is_cancelled: bool = False
     is_begun: bool = False
+    has_shared: bool = False  # some of its pages are others', since it was last admitted
     _keys: list[bytes] = field(default_factory=list)
     _named: int = 0  # pages whose key the pool knows, or that were shared
 
@@ -60,6 +61,7 @@ class TokenSequence:
     def take_over(self, pages: list[int]) -> None:
         """Begin with these pages of others."""
         self.pages = pages
+        self.has_shared = bool(pages)
         self._named = len(pages)
         self.computed = len(pages) * PAGE
         if not self.is_begun:

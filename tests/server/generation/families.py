@@ -39,11 +39,17 @@ PADDED: dict[str, dict[str, Any]] = {
     "falcon": _PLAIN | {"new_decoder_architecture": False},
 }
 FAMILIES = PACKED | PADDED
+_EXPERTS = {"num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32}  # fmt: skip
+MASKED: dict[str, dict[str, Any]] = {  # their windows are in their masks; attention is not told
+    "qwen2_moe": _USUAL | _EXPERTS | {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 2},
+    "phimoe": _USUAL | _EXPERTS | {"sliding_window": 40},
+}
 
 
 def causal(family: str, seed: int = 1, **changes: Any) -> nn.Module:
     """A random model; input and output embeddings are apart, or models would only repeat their last token."""
-    config = AutoConfig.for_model(family, **(FAMILIES[family] | {"tie_word_embeddings": False} | changes))
+    config = AutoConfig.for_model(family, **((FAMILIES | MASKED)[family] | {"tie_word_embeddings": False} | changes))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():

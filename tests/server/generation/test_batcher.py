@@ -12,10 +12,12 @@ from adapters_store.mixing import Mix
 from adapters_store.primitives import Entry
 from adapters_store.roles import select
 from server.errors import BatchFailedError, NotFiniteAnswerError
+from server.generation import native_attention
 from server.generation.batcher import Batcher
 from server.generation.pages import PAGE
 from server.generation.plan import Plan
 from server.generation.sampling import Sampling
+from server.generation.sequence import TokenSequence
 from tests.server.generation.decoding import decoder_of, finish, output, sequence
 from tests.server.generation.families import causal
 
@@ -245,6 +247,51 @@ def test_numbers_that_overflow_end_their_own_text_only() -> None:
     assert [event.sequence for event in failed] == [bad]
     assert isinstance(failed[0].error, NotFiniteAnswerError)
     assert output(good) == alone([5, 6], 8)
+    assert batcher.pool.num_held == 0
+
+
+OVERFLOWS = 50  # a token that the adapter below makes infinite; none other
+PREFIX = [3 + 7 * i % 40 for i in range(32)]
+
+
+@pytest.fixture(scope="module")
+def explosive() -> tuple[LanguageModel, Mix]:
+    """A model and a mix under which one token overflows in the first layer's values."""
+    model = causal("llama")
+    with torch.no_grad():
+        table = model.get_input_embeddings().weight
+        table[:, 0] = 0
+        table[OVERFLOWS, 0] = 1
+    language = LanguageModel(model)
+    tensors = {"A": torch.eye(32)[:1] * 3, "B": torch.full((16, 1), 3e38)}
+    language.encoder.sites.put(0, [Entry("layers.0.self_attn.v_proj", "lowrank", tensors, {"scale": 1.0})])
+    return language, Mix.one_hot(0, language.encoder.num_layers)
+
+
+@pytest.mark.parametrize("is_at_once", [True, False])
+@pytest.mark.parametrize("is_native", [True, False])
+def test_a_prompt_that_overflows_spoils_no_other_that_begins_alike(
+    explosive: tuple[LanguageModel, Mix], is_at_once: bool, is_native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not is_native:
+        monkeypatch.setattr(native_attention, "supports", lambda *_: False)
+    language, mix = explosive
+    batcher = Batcher(decoder_of(language, 64))
+    wild = Sampling(temperature=1.0, seed=3)
+
+    def asked(salt: bytes | None, *more: int) -> TokenSequence:
+        return sequence([*PREFIX, *more], 4, mix, salt=salt, sampling=wild)
+
+    alone, bad, good = asked(None, 60, 61), asked(SALT, OVERFLOWS), asked(SALT, 60, 61)
+    for calls in [[alone], [bad, good]] if is_at_once else [[alone], [bad], [good]]:
+        for one in calls:
+            batcher.add(one)
+        events = finish(batcher)
+        assert [event.sequence for event in events if event.error] == [one for one in calls if one is bad]
+
+    assert len(output(alone)) == 4
+    assert output(good) == output(alone)
+    assert good.cached == (32 if is_at_once else 0)
     assert batcher.pool.num_held == 0
 
 

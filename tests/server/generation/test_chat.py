@@ -109,6 +109,19 @@ def test_what_the_template_refuses_is_a_400_in_its_words(stories: Stories) -> No
     assert response.json()["error"]["code"] == "invalid_input"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"), [('{"place": ' + "[" * 900 + "]" * 900 + "}", "refuses"), (r'{"place": "\ud800"}', "half")]
+)
+def test_calls_that_no_template_can_tell_are_a_400(stories: Stories, arguments: str, said: str) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    messages = [{"role": "user", "content": "One."}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+
+    response = stories.post(PATH, {"model": NAME, "messages": messages})
+
+    assert response.status_code == 400, response.text
+    assert said in response.json()["error"]["message"]
+
+
 def test_a_template_that_breaks_is_a_400_too(stories: Stories) -> None:
     call = {"id": "c1", "type": "function", "function": "no object"}
     said = [{"role": "assistant", "tool_calls": [call]}, {"role": "user", "content": "?"}]

@@ -240,6 +240,15 @@ def test_what_cannot_be_answered_is_a_400_that_says_why(stories: Stories, body: 
     until(lambda: stories.is_empty)
 
 
+def test_half_a_character_is_a_400(stories: Stories) -> None:
+    body = json.dumps({"model": NAME, "prompt": "a \ud800"})
+
+    response = stories.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+
+    assert response.status_code == 400, response.text
+    assert "half a character" in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     "body",
     [

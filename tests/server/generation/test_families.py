@@ -15,7 +15,7 @@ from server.generation import native_attention
 from server.generation.batcher import Batcher
 from server.generation.decoder import Decoder
 from tests.server.generation.decoding import decoder_of, finish, output, sequence
-from tests.server.generation.families import FAMILIES, PACKED, causal, greedy
+from tests.server.generation.families import FAMILIES, MASKED, PACKED, causal, greedy
 
 
 def prompts(seed: int, count: int = 8) -> list[list[int]]:
@@ -122,6 +122,21 @@ def test_prompts_that_begin_alike_share_what_their_own_step_computes(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_which_way_a_family_goes(family: str) -> None:
     assert Decoder(language(family), kv_bytes=2**20).is_packed == (family in PACKED)
+
+
+@pytest.mark.parametrize("family", MASKED)
+@pytest.mark.parametrize("has_window", [True, False])
+def test_windows_that_only_masks_know_are_kept(family: str, has_window: bool) -> None:
+    changes: dict[str, Any] = {} if has_window else {"use_sliding_window": False, "sliding_window": None}
+    decoder = decoder_of(LanguageModel(causal(family, **changes)))
+    batcher = Batcher(decoder)
+    [one] = [sequence([3 + (37 * i + i * i) % 90 for i in range(90)], 10)]
+    batcher.add(one)
+
+    finish(batcher)
+
+    assert output(one) == greedy(causal(family, **changes), one.ids[:90], 10)
+    assert decoder.is_packed == (not has_window)
 
 
 def test_a_family_with_another_state_is_refused_by_name() -> None:

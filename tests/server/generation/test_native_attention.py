@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from adapters_store.packing import Scoring
 from server.generation import native_attention
+from server.generation.attention import attend_padded, attend_rows, store
 from server.generation.pages import PAGE, pages_for
 from tests.strategies import light, randn
 from tests.tolerances import assert_close, assert_same_bits
@@ -158,6 +160,20 @@ def test_decoding_is_attention_over_the_rows_pages(rows: Rows) -> None:
 
     assert found.dtype == rows.query.dtype
     assert_rounded(found, reference(rows))
+
+
+@pytest.mark.parametrize("attend", [attend_rows, attend_padded])
+@light
+@given(rows=any_rows())
+def test_torchs_forms_are_too_whatever_lies_in_the_pages_of_others(attend: Callable[..., Tensor], rows: Rows) -> None:
+    places = rows.tables.gather(1, (rows.lengths[:, None] - 1) // PAGE)[:, 0] * PAGE + (rows.lengths - 1) % PAGE
+    keys, values = rows.keys.clone(), rows.values.clone()
+    store(keys, rows.key, places)
+    store(values, rows.value, places)
+
+    found = attend(rows.query.transpose(0, 1), keys, values, rows.tables, rows.lengths, rows.scoring)
+
+    assert_close(found, reference(rows), rows.query.dtype)
 
 
 @needs_compiler

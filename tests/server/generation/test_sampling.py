@@ -216,6 +216,21 @@ def test_a_long_output_keeps_its_counts() -> None:
     torch.testing.assert_close(found, reference(logits, sampling, output[:50], output), rtol=3e-5, atol=1e-9)
 
 
+def test_a_draw_like_another_goes_its_own_way() -> None:
+    sampling = Sampling(temperature=0.0, repetition_penalty=2.0, presence_penalty=0.5, logit_bias=((3, 1.0),))
+    first = Draw(sampling, [1, 2], 8)
+    second = Draw(sampling, [1, 2], 8, like=first)
+    assert first.penalties is not None
+    for token in range(40):
+        first.penalties.note(token % 8)
+
+    fresh, logits = Draw(sampling, [1, 2], 8), torch.linspace(1, 2, 8)[None]
+
+    torch.testing.assert_close(probabilities(logits, [second]), probabilities(logits, [fresh]))
+    assert second.penalties is not None
+    assert len(second.penalties.table[0]) == 3
+
+
 def test_logits_stay_as_they_are() -> None:
     logits = torch.randn(2, 40)
     before = logits.clone()

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -11,6 +12,7 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletionChunk
 
+from server.generation.text import TextStream
 from tests.server.generation.stories import BEGUN, NAME, NEEDS_STORIES, Stories, stories_server, with_template
 from tests.server.tools import held_engine, raw_post, until
 
@@ -53,6 +55,34 @@ def at_once(stories: Stories, path: str, body: dict[str, Any]) -> dict[int, tupl
         one["index"]: (one["text"] if "text" in one else one["message"]["content"], one["finish_reason"])
         for one in choices
     }
+
+
+def test_a_tokenizer_that_fails_ends_its_own_call_only(stories: Stories, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed, whole = TextStream.feed, at_once(stories, TEXT, ASK[TEXT])
+    bad = "A bad"
+
+    def failing(self: TextStream, token: int) -> str:
+        if self in broken:
+            raise TypeError("no such token")
+        return feed(self, token)
+
+    init, broken = TextStream.__init__, []
+    bad_ids = stories.ids(bad)
+
+    def noted(self: TextStream, tokenizer: Any, prompt_ids: Any, stop: Any = ()) -> None:
+        init(self, tokenizer, prompt_ids, stop)
+        if list(prompt_ids) == bad_ids:
+            broken.append(self)
+
+    monkeypatch.setattr(TextStream, "__init__", noted)
+    monkeypatch.setattr(TextStream, "feed", failing)
+    with ThreadPoolExecutor() as pool, held_engine(stories.service):
+        good, failed = (pool.submit(stories.post, TEXT, ASK[TEXT] | {"prompt": p}) for p in (BEGUN, bad))
+        until(lambda: stories.service.generator.num_active == 2)
+
+    assert failed.result().status_code == 500
+    assert joined([good.result().json()]) == whole
+    until(lambda: stories.is_empty)
 
 
 @pytest.mark.parametrize("path", ASK)
