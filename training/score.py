@@ -1,15 +1,17 @@
 """score: published adapters on test splits, composed in the ways that the server composes.
 
 none: the bare backbone (under the task's head, if it classifies); single: the task's own adapter; prior: as the
-relation graph says. A task that classifies gets accuracy and loss; one that generates gets loss and accuracy per token
-of the test completions, each token read behind the right ones (teacher forced).
+relation graph says, with the versions that it names, and single where it does not know the task. A task that classifies
+gets accuracy and loss; one that generates gets loss and accuracy per token of the test completions, each token read
+behind the right ones (teacher forced).
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 
@@ -52,24 +54,72 @@ class Outcome:
 
 
 @dataclass(frozen=True, eq=False)
-class Resident:
-    """A task ready to be evaluated: its manifest, adapter, slot, objective and test texts."""
-
-    task: Task
-    manifest: Manifest
-    adapter: Adapter
-    slot: int
-    objective: Objective
-    texts: Texts
-
-
-@dataclass(frozen=True, eq=False)
 class Lattice:
     """A version of the relation graph and its prior."""
 
     version: int
     graph: RelationGraph
     prior: Prior
+
+    def reference(self, name: str) -> str | None:
+        """The exact version that the graph names for a node; None if it names none."""
+        node = self.graph.nodes.get(name)
+        return node.adapter if node else None
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """A version that was loaded. slot: where its deltas lie; None if it has a head only."""
+
+    manifest: Manifest
+    adapter: Adapter
+    slot: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """A task ready to be evaluated under one version's head."""
+
+    task: Task
+    resident: Resident
+    objective: Objective
+    texts: Texts
+
+
+class Versions:
+    """What each mode answers with, every version loaded once."""
+
+    def __init__(
+        self, store: AdapterStore, backbone: LoadedBackbone, alias: str | None, lattice: Lattice | None
+    ) -> None:
+        self.backbone, self.lattice = backbone, lattice
+        self._store, self._alias = store, alias
+        self._residents: dict[str, Resident] = {}
+
+    def of(self, name: str, mode: Mode) -> Resident:
+        """In mode prior the version that the graph names, else the alias', else the latest.
+
+        Raises BackboneMismatchError and the store's errors.
+        """
+        named = self.lattice.reference(name) if mode == "prior" and self.lattice else None
+        has_alias = self._alias is not None and self._alias in self._store.aliases(name)
+        manifest = self._store.resolve(named or (f"{name}@{self._alias}" if has_alias else name))
+        if manifest.digest not in self._residents:
+            self._residents[manifest.digest] = self._loaded(manifest)
+        return self._residents[manifest.digest]
+
+    def _loaded(self, manifest: Manifest) -> Resident:
+        if not manifest.backbone.is_same(self.backbone.fingerprint):
+            raise BackboneMismatchError(
+                f"{manifest.reference} was trained on another backbone than {self.backbone.folder}; give its --backbone"
+            )
+        adapter = self._store.load(manifest)
+        if not adapter.entries:
+            return Resident(manifest, adapter, None)
+        slot = len(self._residents)
+        self.backbone.encoder.sites.check(adapter.entries)
+        self.backbone.encoder.sites.put(slot, adapter.entries)
+        return Resident(manifest, adapter, slot)
 
 
 def score(config: ScoreConfig) -> list[Outcome]:
@@ -80,19 +130,14 @@ def score(config: ScoreConfig) -> list[Outcome]:
     tasks = _tasks(config, store)
     generates = any(task.generates for task in tasks)
     backbone = load(config.backbone, config.dtype, config.device, generates=generates)
-    residents = [_resident(store, backbone, task, slot, config) for slot, task in enumerate(tasks)]
-    lattice = _lattice(store, config)
-    slots = {resident.task.name: resident.slot for resident in residents if resident.adapter.entries}
-    if lattice:
-        slots |= _others(store, backbone, lattice, residents, config)
+    versions = Versions(store, backbone, config.alias, _lattice(store, config))
+    scored = [(mode, one) for mode in config.modes for one in _scored(versions, tasks, mode)]
     outcomes = []
-    with bar(len(config.modes) * sum(len(r.texts) for r in residents), "evaluating") as shown:
-        for mode in config.modes:
-            for resident in residents:
-                mix, width = _mix(mode, resident, slots, lattice, backbone.encoder.num_layers)
-                outcomes.append(_outcome(backbone, resident, mode, lattice, (mix, width), config.token_budget))
-                first_score = outcomes[-1].scores[outcomes[-1].headline]
-                shown.advance(len(resident.texts), f"{mode} {resident.task.name} {first_score:.3f}")
+    with bar(sum(len(one.texts) for _, one in scored), "evaluating") as shown:
+        for mode, one in scored:
+            outcomes.append(_outcome(versions, one, mode, config.token_budget))
+            first_score = outcomes[-1].scores[outcomes[-1].headline]
+            shown.advance(len(one.texts), f"{mode} {one.task.name} {first_score:.3f}")
     _report(outcomes, config)
     return outcomes
 
@@ -116,29 +161,14 @@ def _tasks(config: ScoreConfig, store: AdapterStore) -> list[Task]:
     return chosen
 
 
-def _resident(store: AdapterStore, backbone: LoadedBackbone, task: Task, slot: int, config: ScoreConfig) -> Resident:
-    manifest, adapter = _put(store, backbone, _reference(store, task.name, config), slot)
-    objective = objectives.trained(task, adapter, backbone)
-    return Resident(task, manifest, adapter, slot, objective, objective.texts(task.test))
-
-
-def _reference(store: AdapterStore, name: str, config: ScoreConfig) -> str:
-    has_alias = config.alias is not None and config.alias in store.aliases(name)
-    return f"{name}@{config.alias}" if has_alias else name
-
-
-def _put(store: AdapterStore, backbone: LoadedBackbone, reference: str, slot: int) -> tuple[Manifest, Adapter]:
-    """Load an adapter and make it resident. Raises BackboneMismatchError and the store's errors."""
-    manifest = store.resolve(reference)
-    if not manifest.backbone.is_same(backbone.fingerprint):
-        raise BackboneMismatchError(
-            f"{manifest.reference} was trained on another backbone than {backbone.folder}; give its --backbone"
-        )
-    adapter = store.load(manifest)
-    if adapter.entries:
-        backbone.encoder.sites.check(adapter.entries)
-        backbone.encoder.sites.put(slot, adapter.entries)
-    return manifest, adapter
+def _scored(versions: Versions, tasks: Sequence[Task], mode: Mode) -> list[Scored]:
+    """The tasks under the heads of the versions that answer in this mode."""
+    found = []
+    for task in tasks:
+        resident = versions.of(task.name, mode)
+        objective = objectives.trained(task, resident.adapter, versions.backbone)
+        found.append(Scored(task, resident, objective, objective.texts(task.test)))
+    return found
 
 
 def _lattice(store: AdapterStore, config: ScoreConfig) -> Lattice | None:
@@ -149,36 +179,12 @@ def _lattice(store: AdapterStore, config: ScoreConfig) -> Lattice | None:
     return Lattice(version, graph, Prior(graph))
 
 
-def _others(
-    store: AdapterStore, backbone: LoadedBackbone, lattice: Lattice, residents: Sequence[Resident], config: ScoreConfig
-) -> dict[str, int]:
-    """Make resident what the graph composes the tasks with beside themselves (modules, tasks not asked for); slots."""
-    scored = [resident.task.name for resident in residents]
-    met = {name for task in scored for name in _weights("prior", task, lattice, backbone.encoder.num_layers)}
-    found = {}
-    for slot, name in enumerate(sorted(met - set(scored)), len(scored)):
-        reference = lattice.graph.node(name).adapter or _reference(store, name, config)
-        if _put(store, backbone, reference, slot)[1].entries:
-            found[name] = slot
-    return found
-
-
-def _mix(
-    mode: Mode, resident: Resident, slots: Mapping[str, int], lattice: Lattice | None, num_layers: int
-) -> tuple[Mix | None, int]:
-    """The composition of a task in a mode, and how many adapters it has."""
-    weights = _weights(mode, resident.task.name, lattice, num_layers)
-    return to_mix(weights, slots), len(weights)
-
-
 def _weights(mode: Mode, task: str, lattice: Lattice | None, num_layers: int) -> Weights:
+    """The composition of a task in a mode, by name."""
     if mode == "none":
         return {}
-    if mode == "single":
+    if mode == "single" or lattice is None or task not in lattice.graph.nodes:
         return composition.single(task, num_layers)
-    if lattice is None:
-        raise AssertionError("our bug: prior without a graph")
-    lattice.graph.node(task)
     attributes = lattice.graph.attributes
     evidence, mass = attributes.evidence.get(task, {}), attributes.mass.get(task, ())
     return composition.from_prior(
@@ -186,30 +192,23 @@ def _weights(mode: Mode, task: str, lattice: Lattice | None, num_layers: int) ->
     )
 
 
-def to_mix(weights: Weights, slots: Mapping[str, int]) -> Mix | None:
-    """Weights by task as a mix of slots; tasks without a slot (heads only) add nothing."""
-    kept = {task: values for task, values in weights.items() if task in slots}
-    if not kept:
-        return None
-    return Mix(tuple(slots[task] for task in kept), torch.stack([torch.from_numpy(v) for v in kept.values()]).numpy())
+def _mix(versions: Versions, weights: Weights, mode: Mode) -> Mix | None:
+    """Weights by name as a mix of slots; what has a head only adds nothing."""
+    slots = {name: versions.of(name, mode).slot for name in weights}
+    kept = {slot: weights[name] for name, slot in slots.items() if slot is not None}
+    return Mix(tuple(kept), np.stack(list(kept.values()))) if kept else None
 
 
-def _outcome(
-    backbone: LoadedBackbone,
-    resident: Resident,
-    mode: Mode,
-    lattice: Lattice | None,
-    composed: tuple[Mix | None, int],
-    token_budget: int,
-) -> Outcome:
-    mix, width = composed
-    asked = Asked(resident.objective, resident.texts, mix)
-    [answers] = step.ask(backbone.encoder, [asked], token_budget)
-    scores = resident.objective.metrics(step.score_of(asked, answers))
-    used = lattice.version if lattice and mode == "prior" else None
+def _outcome(versions: Versions, one: Scored, mode: Mode, token_budget: int) -> Outcome:
+    lattice, encoder = versions.lattice, versions.backbone.encoder
+    weights = _weights(mode, one.task.name, lattice, encoder.num_layers)
+    asked = Asked(one.objective, one.texts, _mix(versions, weights, mode))
+    [answers] = step.ask(encoder, [asked], token_budget)
+    scores = one.objective.metrics(step.score_of(asked, answers))
+    used = lattice.version if lattice and mode == "prior" and one.task.name in lattice.graph.nodes else None
     return Outcome(
-        resident.task.name, mode, scores, resident.objective.headline, len(resident.texts),
-        resident.manifest.reference, used, width,
+        one.task.name, mode, scores, one.objective.headline, len(one.texts), one.resident.manifest.reference, used,
+        len(weights),
     )  # fmt: skip
 
 
