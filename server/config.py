@@ -39,8 +39,8 @@ class Settings(BaseSettings):
     cuda_graphs: bool = Field(False, description="replay decoding steps as CUDA graphs; has not been run on a GPU yet")
     prefix_cache: bool = Field(
         False,
-        description="reuse keys and values of equal prompts under equal compositions; shared by all API keys: usage then "
-        "tells a caller how much of a prompt somebody had asked before",
+        description="reuse keys and values of equal prompts under equal compositions, of all API keys: usage then "
+        "tells how much of a prompt somebody has asked before",
     )
     max_inputs: int = Field(1024, ge=1, description="rows of one call at most, fan-out counted")
     max_adapters: int = Field(64, ge=1, description="adapters composed for one row at most")

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from training.config import DemoConfig, FitConfig, PublishConfig, RelateConfig
+from training.errors import RunError
 from training.progress import say
 
 DATA = Path(__file__).parent / "demo_data"
@@ -60,6 +61,8 @@ def _train(config: DemoConfig, tasks: list[str]) -> None:
         data=DATA, runs=config.runs, run=RUN, tasks=tuple(tasks), backbone=config.backbone, seed=config.seed, **machine
     )
     run = Run(config.runs / RUN)
+    if run.exists and run.config().data.resolve() != DATA.resolve():
+        raise RunError(f"{run.folder} is a run of other data, {run.config().data}; rename it, or give --runs")
     if run.exists and (run.is_finished or run.config() != wanted):
         shutil.rmtree(run.folder)  # a demo's run is the demo's to replace; the store keeps what was published
     fit(wanted, resume=run.exists)

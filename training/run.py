@@ -77,9 +77,10 @@ class Run:
 
     def rewind_metrics(self, step_of: Mapping[str, int]) -> None:
         """Drop lines of steps behind the checkpoint: they are about to be taken again."""
-        lines = [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
-        kept = [line for line in lines if line["step"] <= step_of[line["task"]]]
-        self.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        kept = [line for line in self.metrics() if line["step"] <= step_of[line["task"]]]
+        beside = self.folder / f".{self.metrics_file.name}"
+        beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        beside.replace(self.metrics_file)
 
     def log(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Append to metrics.jsonl."""
@@ -87,8 +88,9 @@ class Run:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        return [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+        """The lines of metrics.jsonl; of a last one that was cut off by a crash or a full disk nothing."""
+        *lines, last = self.metrics_file.read_text(errors="replace").split("\n")
+        return [json.loads(line) for line in lines] + ([json.loads(last)] if _is_json(last) else [])
 
     def write(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file beside its place, then rename."""
@@ -106,6 +108,14 @@ class Run:
         except json.JSONDecodeError as error:
             raise RunError(f"{file} is not JSON: {error}") from error
         return value
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def newest_unfinished(runs: Path) -> Run:

@@ -9,6 +9,7 @@ with their completions) that occur twice in train, or in train and in dev or tes
 
 import json
 import tomllib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,7 +110,7 @@ def read_task(folder: Path, sampling: Sampling = Sampling()) -> Task:
     if not dev:
         train, dev = _cut_dev(train, name, sampling)
     if sampling.examples is not None:
-        train = sample(train, sampling.examples, sampling.seed, name, "train")
+        train = _with_rare_labels(sample(train, sampling.examples, sampling.seed, name, "train"), train)
     _check(folder, about, train, sort)
     texts = tuple(about.labels.items())
     return Task(name, labels, train, dev, test, about.description, about.family, texts, about.stop)
@@ -192,6 +193,18 @@ def sample(split: Split, count: int, *seed: object) -> Split:
     spread = [((p + 0.5) / len(rows), label, row) for label, rows in by_label.items() for p, row in enumerate(rows)]
     chosen = [row for _, _, row in sorted(spread, key=lambda item: item[:2])[:count]]
     return tuple(chosen[i] for i in seeds.permutation(count, *seed, "order"))
+
+
+def _with_rare_labels(chosen: Split, split: Split) -> Split:
+    """The chosen examples, where one of a label that none of them has takes the place of one of the commonest."""
+    found, counts = list(chosen), Counter(example.stratum for example in chosen)
+    for example in split:
+        commonest, count = counts.most_common(1)[0]
+        if example.stratum not in counts and count > 1:
+            place = max(i for i, other in enumerate(found) if other.stratum == commonest)
+            found[place] = example
+            counts.update({commonest: -1, example.stratum: 1})
+    return tuple(found)
 
 
 def first(task: Task, examples: int | None) -> Task:

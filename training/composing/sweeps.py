@@ -41,7 +41,7 @@ def noisy(bench: Workbench, share: float) -> Workbench:
 
 
 def imbalanced(bench: Workbench, share: float) -> Workbench:
-    """The bench in which every other task keeps this share of its training texts, at least one per label."""
+    """The bench in which every other task keeps this share of its training texts, at least as many as it has labels."""
     kept = [
         max(len(task.labels), round(share * len(texts))) for texts, task in zip(bench.train, bench.tasks, strict=True)
     ]

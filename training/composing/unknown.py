@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from training.baselines import adaptersoup, arrow
-from training.baselines.nearest import similarity
 from training.baselines.tokenwise import Gate, Stack, pool_all, stacks
 from training.composing.mass import norm_preserving
 from training.composing.pluggable import USUAL, Choices, knobs_of, prior_rows, tied_head, weights_of
-from training.relations import Matrix, unknown, weights
+from training.relations import Matrix, embedding, unknown, weights
 from training.suite import relating
 from training.suite.heads import HeadTensors
 from training.suite.methods import Nodes, Result, accuracies, pooled_bare, pooled_under, refitted
@@ -50,15 +49,21 @@ def rows_by_description(bench: Workbench) -> Row:
     )
 
 
-def composed(bench: Workbench, relations: Matrix, row: Row, choices: Choices = USUAL) -> Tensor:
+def composed(bench: Workbench, row: Row, choices: Choices = USUAL) -> Tensor:
     """(T, T) prior rows of every task as if it were unknown: nothing on itself."""
     found = torch.zeros(len(bench.tasks), len(bench.tasks))
+    pooled = [part.double().numpy() for part in pooled_bare(bench, bench.train)]
     for t in range(len(bench.tasks)):
         others = [k for k in range(len(bench.tasks)) if k != t]
-        names = [bench.names[k] for k in others]
-        S = prior_rows(names, relations[np.ix_(others, others)], knobs_of(choices))
+        S = _prior_of(bench, [pooled[k] for k in others], others, choices)
         found[t, others] = torch.from_numpy(row(t, others)).float() @ S.float()
     return found
+
+
+def _prior_of(bench: Workbench, pooled: Sequence[Matrix], kept: Sequence[int], choices: Choices) -> Tensor:
+    """S of a graph that has these tasks only; pooled: theirs."""
+    views = relating.of_texts([bench.tasks[k] for k in kept], lambda: pooled)
+    return prior_rows(views.tasks, relating.estimate(views), knobs_of(choices))
 
 
 def answered(bench: Workbench, nodes: Nodes, rows: Tensor, choices: Choices = USUAL) -> Result:
@@ -86,20 +91,27 @@ def _heads(
 
 def ours(bench: Workbench, nodes: Nodes) -> Result:
     """By 20 unlabelled examples."""
-    relations = relating.estimate(relating.of_data(bench))
-    return answered(bench, nodes, composed(bench, relations, rows_by_texts(bench)))
+    return answered(bench, nodes, composed(bench, rows_by_texts(bench)))
 
 
 def ours_described(bench: Workbench, nodes: Nodes) -> Result:
     """By its description."""
-    relations = relating.estimate(relating.of_data(bench))
-    return answered(bench, nodes, composed(bench, relations, rows_by_description(bench)))
+    return answered(bench, nodes, composed(bench, rows_by_description(bench)))
+
+
+def similar_to_few(bench: Workbench) -> Matrix:
+    """(T, T) row t: how alike each other task's texts are to the few that are known of task t; -inf for itself."""
+    known, whole = (
+        [part.double().numpy() for part in pooled_bare(bench, split)] for split in (few(bench), bench.train)
+    )
+    found = np.stack([embedding.similarity([*whole[:t], known[t], *whole[t + 1 :]])[t] for t in range(len(whole))])
+    np.fill_diagonal(found, -np.inf)
+    return found
 
 
 def soup(bench: Workbench, nodes: Nodes) -> Result:
     """AdapterSoup of the 5 nearest others, with a head of its own from 20 examples."""
-    similar = similarity(bench)
-    np.fill_diagonal(similar, -np.inf)
+    similar = similar_to_few(bench)
     rows = adaptersoup.rows(np.where(np.isfinite(similar), similar, -9), 6)
     rows.fill_diagonal_(0)
     return _zero_shot(bench, nodes, (rows / rows.sum(dim=1, keepdim=True))[:, :, None].expand(-1, -1, bench.num_layers))
@@ -107,9 +119,7 @@ def soup(bench: Workbench, nodes: Nodes) -> Result:
 
 def nearest(bench: Workbench, nodes: Nodes) -> Result:
     """The most similar other task's adapter, with a head of its own from 20 examples."""
-    similar = similarity(bench)
-    np.fill_diagonal(similar, -np.inf)
-    chosen = torch.from_numpy(similar.argmax(axis=1))
+    chosen = torch.from_numpy(similar_to_few(bench).argmax(axis=1))
     return _zero_shot(bench, nodes, one_hot(len(chosen), bench.num_layers)[chosen])
 
 

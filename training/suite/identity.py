@@ -6,7 +6,7 @@ added to later, nor workers and threads.
 
 import hashlib
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ _FILES = ("train.jsonl", "test.jsonl", "dev.jsonl", "task.toml", "meta.json")
 def identity(config: EvaluateConfig) -> dict[str, Any]:
     """Everything that decides a line's numbers, by name. Raises DataError, BackboneNotFoundError."""
     own = config.model_dump(mode="json", include={"test_examples", "max_length", "first_layer", "token_budget"})
-    data = {folder.resolve().name: _digest(folder) for folder in config.data}
+    data = {name: _digest(folder) for name, folder in _by_name(config.data).items()}
     backbone = fingerprint(locate(config.backbone), config.dtype).model_dump(mode="json")
     return {"suite": config.suite, "data": data, "backbone": backbone, "recipe": asdict(RECIPE)} | own
 
@@ -41,6 +41,15 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
+
+
+def _by_name(folders: Sequence[Path]) -> dict[str, Path]:
+    """Folders by name; several of one name are counted, so that none is left out."""
+    found: dict[str, Path] = {}
+    for folder in folders:
+        name = folder.resolve().name
+        found[name if name not in found else f"{name} {len(found) + 1}"] = folder
+    return found
 
 
 def _digest(folder: Path) -> str:

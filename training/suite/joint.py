@@ -2,7 +2,8 @@
 
 loss = sum_t mean cross-entropy of the task's own batch + penalty;   AdamW, linear warm-up and decay
 
-One-hot weights train every task's adapter apart, with the same result as alone; one column trains a shared adapter;
+One-hot weights train every task's adapter apart, with the same result as alone but for the clip, which is of all
+gradients together, and for the number of steps, which is the largest task's; one column trains a shared adapter;
 weights from a graph co-train the modules under it. What the weights are in each step, `weigh` says.
 """
 

@@ -81,7 +81,7 @@ class Ledger:
             with file.open("rb") as opened:
                 opened.seek(start)
                 whole = opened.read().rpartition(b"\n")[0]
-            found = [_parsed(text) for text in whole.decode().split("\n")]
+            found = [_parsed(text) for text in whole.split(b"\n")]
             methods = methods | {line["method"] for line in found if line.get("setting") == self.setting}
             self._known[file] = (start + len(whole) + 1 if whole else start, methods)
         return methods
@@ -149,14 +149,14 @@ def read_lines(file: Path, setting: str | None = None) -> list[dict[str, Any]]:
     """The whole lines of a file, those of one setting if it is given; none if there is no file."""
     if not file.is_file():
         return []
-    found = [line for text in file.read_text().split("\n") if (line := _parsed(text))]
+    found = [line for text in file.read_bytes().split(b"\n") if (line := _parsed(text))]
     return [line for line in found if setting is None or line.get("setting") == setting]
 
 
-def _parsed(text: str) -> dict[str, Any]:
+def _parsed(text: bytes) -> dict[str, Any]:
     try:
         value = json.loads(text) if text else {}
-    except json.JSONDecodeError:  # half a line of a killed process
+    except ValueError:  # half a line of a killed process; it may end within a character
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -19,6 +19,7 @@ from training.suite.heads import HeadTensors, logits
 from training.suite.methods import Nodes, pooled_bare
 from training.suite.modules import mixes, resident
 from training.suite.workbench import Texts, Workbench
+from training.tasks import Task
 
 TRANSFER_TEXTS = 64  # of each task, on which transfer is measured
 
@@ -45,9 +46,14 @@ class Views:
 
 def of_data(bench: Workbench) -> Views:
     """What can be known without adapters: embedding and labels."""
-    views = Views(bench.names)
-    views.add("embedding", lambda: embedding.similarity([p.double().numpy() for p in pooled_bare(bench, bench.train)]))
-    views.add("labels", lambda: labels.similarity([task.labels for task in bench.tasks]))
+    return of_texts(bench.tasks, lambda: [pooled.double().numpy() for pooled in pooled_bare(bench, bench.train)])
+
+
+def of_texts(tasks: Sequence[Task], pooled: Callable[[], Sequence[Matrix]]) -> Views:
+    """The same from the tasks' frozen pooled states, (texts, d) each."""
+    views = Views([task.name for task in tasks])
+    views.add("embedding", lambda: embedding.similarity(pooled()))
+    views.add("labels", lambda: labels.similarity([task.labels for task in tasks]))
     return views
 
 

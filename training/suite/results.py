@@ -1,7 +1,7 @@
 """Results of evaluations, read from their folders: lines by suite, examples and method, ready to compare."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from training.suite.plan import SETUP
 Line = dict[str, Any]
 Size = int | str
 OURS = "ours"
+Of = Callable[[Line], list[float] | None]
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,12 @@ class Group:
         """A method's lines, one per seed."""
         return [line for line in self.lines if line["method"] == method]
 
-    def scores(self, method: str) -> dict[tuple[str, int], float]:
-        """(task, seed) -> accuracy."""
+    def scores(self, method: str, of: "Of | None" = None) -> dict[tuple[str, int], float]:
+        """(task, seed) -> accuracy; of: which of a line's, None for the one that counts. Without what a line lacks."""
         return {
             (task, line["seed"]): value
             for line in self.of(method)
-            for task, value in zip(line["tasks"], accuracies(line), strict=True)
+            for task, value in zip(line["tasks"], (of or accuracies)(line) or (), strict=False)
         }
 
     @property
@@ -84,6 +85,20 @@ def is_refitted(line: Line) -> bool:
 def accuracies(line: Line) -> list[float]:
     """Per task, what counts for a line."""
     found: list[float] = line["facts"]["accuracy_refitted"] if is_refitted(line) else line["accuracy"]
+    return found
+
+
+def with_own_heads(line: Line) -> list[float] | None:
+    """Per task under the head that was trained with the task's own adapter; None where there is no such result."""
+    if line["regime"] != "pluggable":
+        return None
+    found: list[float] | None = line["facts"].get("accuracy_own_heads") if is_ours(line["method"]) else line["accuracy"]
+    return found
+
+
+def with_our_head(line: Line) -> list[float] | None:
+    """Per unknown task under the head that ours would train; None where that was not tried."""
+    found: list[float] | None = line["facts"].get("accuracy_with_our_head")
     return found
 
 

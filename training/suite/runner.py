@@ -45,15 +45,15 @@ def evaluate(config: EvaluateConfig, on_job: OnJob | None = None) -> Ledger:
 def evaluate_and_report(config: EvaluateConfig) -> None:
     """As `evaluate`; the report is written in any case, if there is anything to report."""
     try:
-        evaluate(config)
+        ledger = evaluate(config)
     except RunError:
-        _report(config)
+        _report(config, Ledger(config.folder, digest(identity(config))))
         raise
-    _report(config)
+    _report(config, ledger)
 
 
-def _report(config: EvaluateConfig) -> None:
-    if any((config.folder / "cells").glob("*.jsonl")):
+def _report(config: EvaluateConfig, ledger: Ledger) -> None:
+    if any(line["regime"] != SETUP for line in ledger.lines()):
         report(ReportConfig(results=(config.folder,), out=config.folder / "report"))
 
 

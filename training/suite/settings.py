@@ -1,7 +1,7 @@
 """Settings of `evaluate` and `report`: what a suite is run on, and where its results lie."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -16,7 +16,7 @@ class EvaluateConfig(Settings):
     )
     name: str | None = Field(None, description="name of the suite in results; default: the data folders' names")
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="each decides training examples and initial values")
-    examples: tuple[int | Literal["all"], ...] = Field(
+    examples: tuple[Annotated[int, Field(ge=2)] | Literal["all"], ...] = Field(
         (100,), min_length=1, description="training examples per task, one or several numbers; all takes every one"
     )
     methods: tuple[str, ...] = Field(

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from statistics import mean
 
-from training.suite.intervals import Bounds, Difference, difference
-from training.suite.results import OURS, Group, Line, is_refitted
+from training.suite.intervals import Bounds, Difference, Scores, difference
+from training.suite.results import OURS, Group, Line, is_refitted, with_our_head, with_own_heads
 
 JOINT = f"{OURS}-joint"
 UNKNOWN = "unknown-ours"
@@ -85,7 +85,7 @@ def compared(group: Group, a: str, b: str) -> str:
 
 
 def shown(found: Difference) -> str:
-    """A difference in points of a percent with its intervals; bold if the careful one leaves zero out."""
+    """A difference in points of a percent with its intervals; bold if both leave zero out."""
     value = _points(found.mean)
     return f"{f'**{value}**' if found.is_sure else value} {_bounds(found.t)} {_bounds(found.tasks)}".strip()
 
@@ -109,13 +109,14 @@ def unknown_table(group: Group) -> str:
     """Methods for unknown tasks, and what ours is better by; nothing if none was run."""
     methods = _best_first(group, [method for method in group.methods if is_unknown(group, method)])
     ours = [method for method in methods if method.startswith(UNKNOWN)]
-    head = ["method", "accuracy", "with our head", *(f"{name} minus it" for name in ours), "seeds"]
+    head = ["method", "accuracy", "with our head", *(f"{name} minus it" for name in ours), "with our head", "seeds"]
     rows = [
         [
             m,
             f"{accuracy(group, m):.4f}",
-            _with_our_head(group, m),
+            _mean_of(group.scores(m, with_our_head)),
             *(compared(group, name, m) for name in ours),
+            _less(group.scores(UNKNOWN), group.scores(m, with_our_head)),
             seeds(group, m),
         ]
         for m in methods
@@ -123,10 +124,30 @@ def unknown_table(group: Group) -> str:
     return markdown(head, rows) if rows else ""
 
 
-def _with_our_head(group: Group, method: str) -> str:
-    """The same composition under the head that ours would train, where that was tried."""
-    found = [value for line in group.of(method) for value in line["facts"].get("accuracy_with_our_head", ())]
-    return f"{mean(found):.4f}" if found else ""
+def own_heads_table(group: Group) -> str:
+    """Pluggable methods under the heads that the tasks' own adapters came with; nothing without ours or others."""
+    ours = group.scores(OURS, with_own_heads) if OURS in group.methods else {}
+    found = {m: group.scores(m, with_own_heads) for m in main_methods(group) if m not in (OURS, "head_only")}
+    told = [method for method in found if found[method]]
+    if not ours or not told:
+        return ""
+    rows = [
+        [method, _mean_of(found[method]), _less(ours, found[method]), compared(group, OURS, method)]
+        for method in sorted(told, key=lambda method: -mean(found[method].values()))
+    ]
+    return markdown(
+        ["method", "accuracy", "ours minus it", "as in the table above"], [[OURS, _mean_of(ours), "", ""], *rows]
+    )
+
+
+def _mean_of(scores: Scores) -> str:
+    return f"{mean(scores.values()):.4f}" if scores else ""
+
+
+def _less(a: Scores, b: Scores) -> str:
+    """The difference a - b with both intervals; empty if there is nothing to compare."""
+    found = difference(a, b)
+    return shown(found) if found else ""
 
 
 def families_table(group: Group) -> str:
