@@ -1,6 +1,7 @@
 """The demo fills a store once and then leaves it alone."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from adapters_store.graph import RelationGraph
 from adapters_store.store import AdapterStore
 from training.config import DemoConfig, FitConfig
 from training.demo import DATA, demo
-from training.fit import dry_run
+from training.errors import RunError
+from training.fit import dry_run, fit
 from training.tasks import read_tasks
 
 
@@ -35,6 +37,18 @@ def test_the_demo_trains_publishes_and_relates_once(bert_folder: Path, tmp_path:
     save_file({name: tensor + 1 for name, tensor in weights.items()}, tmp_path / "other" / "model.safetensors")
     with pytest.raises(BackboneMismatchError, match="--store"):
         demo(config.model_copy(update={"backbone": str(tmp_path / "other")}))
+
+
+def test_a_run_of_somebody_elses_data_is_left_alone(
+    fit_config: Callable[..., FitConfig], bert_folder: Path, tmp_path: Path
+) -> None:
+    run = fit(fit_config(run="demo", epochs=1))
+    config = DemoConfig(store=tmp_path / "store", runs=run.folder.parent, backbone=str(bert_folder), threads=1)
+
+    with pytest.raises(RunError, match="is a run of other data"):
+        demo(config)
+
+    assert run.is_finished
 
 
 def test_the_demo_data_is_what_a_task_folder_should_be() -> None:

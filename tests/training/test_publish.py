@@ -12,6 +12,8 @@ from adapters_store.store import AdapterStore
 from tests.training.alone import logits_alone
 from training import export
 from training.backbone import LoadedBackbone
+from training.composing.apart import compose
+from training.composing.settings import ComposeConfig
 from training.config import FitConfig, PublishConfig, RelateConfig, ScoreConfig
 from training.errors import DataError, RunError
 from training.fit import fit
@@ -126,6 +128,30 @@ def test_one_task_is_scored_with_all_that_the_graph_composes_it_with(
 
     assert [(o.task, o.width) for o in alone] == [("films", 3)]
     assert alone[0].scores == pytest.approx({o.task: o.scores for o in whole}["films"])
+
+
+def test_prior_is_scored_with_the_versions_that_the_graph_names(
+    fit_config: MakeConfig, data_folder: Path, tmp_path: Path, bert_folder: Path
+) -> None:
+    """As the server answers; a version published since is scored alone, and so is a task that the graph lacks."""
+    run, store = fit(fit_config(epochs=3)), tmp_path / "store"
+    compose(ComposeConfig(run=run.folder, store=store))
+    asked = ScoreConfig(data=data_folder, store=store, backbone=str(bert_folder), modes=("prior", "single"))
+    before = {(o.task, o.mode): o for o in score(asked)}
+    publish(PublishConfig(run=fit(fit_config(epochs=1, run="next")).folder, store=store))
+    document = AdapterStore(store).graph()[1]
+    kept = [node for node in document["nodes"] if node["id"] != "intent"]
+    edges = [edge for edge in document["edges"] if "intent" not in (edge["source"], edge["target"])]
+    document["graph"].get("mass", {}).pop("intent", None)
+    AdapterStore(store).publish_graph(document | {"nodes": kept, "edges": edges})
+
+    after = {(o.task, o.mode): o for o in score(asked)}
+
+    assert after["books", "prior"].adapter == "books@1"
+    assert after["books", "prior"].scores == pytest.approx(before["books", "prior"].scores)
+    assert after["books", "single"].adapter == "books@2"
+    assert (after["intent", "prior"].graph_version, after["intent", "prior"].width) == (None, 1)
+    assert after["intent", "prior"].scores == after["intent", "single"].scores
 
 
 def test_single_accuracy_is_that_of_the_adapter_alone(

@@ -87,6 +87,18 @@ def test_a_sample_gives_rare_labels_their_share() -> None:
     assert len(sample(split, 1000, "seed")) == 100
 
 
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_few_examples_of_a_skewed_task_have_as_many_labels_as_they_can(tmp_path: Path, count: int) -> None:
+    lines = [{"text": f"text {i}", "label": "toxic" if i < 50 else "odd" if i < 60 else "ok"} for i in range(1000)]
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    task = read_task(tmp_path / "t", Sampling(examples=count, dev_fraction=0.0))
+
+    assert len(set(task.train)) == count
+    assert len({example.label for example in task.train}) == min(count, 3)
+
+
 def test_task_toml_gives_texts_and_order_of_labels(tmp_path: Path) -> None:
     write(tmp_path / "t" / "train.jsonl", rows(10))
     (tmp_path / "t" / "task.toml").write_text(

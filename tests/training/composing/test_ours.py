@@ -1,5 +1,7 @@
 """Ours on a tiny bench: masses, composing what was trained apart, co-training, frozen modules, unknown tasks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -139,8 +141,6 @@ def test_evidence_grows_for_the_adapter_that_helps(tiny_bench: Workbench, nodes:
 
 
 def _noisy(adapter):
-    from dataclasses import replace
-
     torch.manual_seed(0)
     return replace(
         adapter,
@@ -156,6 +156,20 @@ def test_an_unknown_task_has_nothing_of_its_own(tiny_bench: Workbench, nodes: No
     assert (found.weights[range(3), range(3)] == 0).all()
     assert (found.weights.sum(dim=1)[:, 1] > 0).all()
     assert all(0 <= accuracy <= 1 for accuracy in found.accuracy)
+
+
+def test_of_an_unknown_task_no_more_than_the_few_texts_are_looked_at(
+    tiny_bench: Workbench, nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unknown, "EXAMPLES", 4)
+    first, *others = tiny_bench.train
+    assert len(first) > 4
+    cut = replace(tiny_bench, train=[first.take(range(4)), *others])
+
+    for run in (unknown.ours, unknown.ours_described, unknown.soup, unknown.nearest):
+        whole, known = run(tiny_bench, nodes), run(cut, nodes)
+        assert known.accuracy[0] == whole.accuracy[0]
+        torch.testing.assert_close(known.weights[0], whole.weights[0])
 
 
 def test_an_unknown_tasks_own_adapter_and_head_are_never_read(tiny_bench: Workbench, nodes: Nodes) -> None:

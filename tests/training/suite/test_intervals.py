@@ -101,3 +101,12 @@ def test_the_mean_of_seeds() -> None:
     assert bounds is not None
     assert bounds[0] < 0.6 < 0.7 < bounds[1]
     assert mean_interval({("a", 0): 0.5}) == (0.5, None)
+
+
+def test_two_tasks_that_agree_by_a_hair_are_not_sure() -> None:
+    found = difference({("a", 0): 0.51, ("b", 0): 0.52}, {("a", 0): 0.5, ("b", 0): 0.5})
+
+    assert found is not None
+    assert found.tasks is not None
+    assert found.tasks[0] > 0, "the bootstrap alone would be"
+    assert not found.is_sure

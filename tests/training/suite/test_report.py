@@ -108,6 +108,33 @@ def test_baselines_count_by_the_better_of_two_and_ours_do_not() -> None:
     assert "0.9000\\*" in tables.methods_table(one_group(better))
 
 
+def test_compositions_are_compared_under_the_heads_that_adapters_came_with() -> None:
+    facts = {"accuracy_own_heads": [0.5, 0.6, 0.5, 0.6], "accuracy_refitted": [1.0] * 4}
+    group = one_group(
+        line("ours", 0, 0.2, facts=facts), line("averaged", 0, 0.0, facts=facts, accuracy=[0.4, 0.5, 0.4, 0.5]),
+        line("shared", 0, 0.3, regime="joint"), line("head_only", 0, 0.0),
+    )  # fmt: skip
+
+    table = tables.own_heads_table(group).splitlines()
+
+    assert [row.split(" | ")[:2] for row in table[2:]] == [["| ours", "0.5500"], ["| averaged", "0.4500"]]
+    assert "**+10.00** [+10.00, +10.00]" in table[3]
+    assert tables.own_heads_table(one_group(line("ours", 0, 0.2), line("averaged", 0, 0.0))) == ""
+
+
+def test_unknown_tasks_are_compared_under_our_head_too() -> None:
+    facts = {"accuracy_with_our_head": [0.7, 0.7, 0.7, 0.7]}
+    group = one_group(
+        line("unknown-ours", 0, 0.0, regime="unknown", accuracy=[0.8] * 4),
+        line("unknown-bare", 0, 0.0, regime="unknown", accuracy=[0.5] * 4, facts=facts),
+    )
+
+    [row] = [row for row in tables.unknown_table(group).splitlines() if "unknown-bare" in row]
+
+    assert "| 0.5000 | 0.7000 | **+30.00**" in row
+    assert "**+10.00**" in row
+
+
 def test_falsifiers_of_both_regimes_are_told_from_methods() -> None:
     assert tables.falsifier("ours-random") == tables.falsifier("ours-joint-random")
     assert tables.falsifier("ours") is None

@@ -145,6 +145,50 @@ def test_relations_are_measured_once_per_cell(suite_config: Make, monkeypatch: p
     assert [line["method"] for line in ledger.lines()] == ["nodes", "relations"]
 
 
+def test_relations_alone_are_no_error_and_a_failure_is_not_hidden_by_the_report(
+    suite_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "RELATE", lambda bench, nodes: {"tasks": bench.names})
+    config = suite_config(seeds=(0,), methods=("relations",))
+    runner.evaluate_and_report(config)
+    assert not (config.folder / "report").exists()
+
+    def breaks(bench: Workbench, nodes: Nodes) -> Result:
+        raise DivergedError("the loss became nan")
+
+    plugged(monkeypatch, "broken", breaks)
+    with pytest.raises(RunError, match="1 of 2 jobs have no result"):
+        runner.evaluate_and_report(suite_config(seeds=(0,), methods=("broken",)))
+
+
+def test_a_line_cut_within_a_character_is_done_again(suite_config: Make) -> None:
+    config = suite_config(seeds=(0,), methods=("single",))
+    ledger = runner.evaluate(config)
+    file = ledger.cells / "6-0.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole + '{"method": "…'.encode()[:-1])
+
+    again = runner.evaluate(suite_config(seeds=(0,)))
+
+    assert {line["method"] for line in again.lines()} == {"nodes", "single", "uniform"}
+    assert file.read_bytes().startswith(whole)
+
+
+def test_two_data_folders_of_one_name_both_count(suite_config: Make, data_folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / data_folder.name
+    shutil.copytree(data_folder / "books", other / "novels")
+    before = identity(suite_config(data=(other, data_folder)))
+    (other / "novels" / "test.jsonl").write_text('{"text": "other", "label": "good"}\n')
+
+    assert identity(suite_config(data=(other, data_folder)))["data"] != before["data"]
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_examples_are_refused_at_once(suite_config: Make, count: int) -> None:
+    with pytest.raises(ValueError, match="greater than or equal to 2"):
+        suite_config(examples=(count,))
+
+
 def test_joint_methods_need_no_nodes(suite_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     method = Method("alone", "joint", lambda bench, nodes: Result([float(len(nodes.heads))] * 3))
     monkeypatch.setitem(registry.METHODS, "alone", method)
