@@ -1,7 +1,8 @@
 """Golden examples: an adapter alone must give what its training promised: logits, or log-probabilities of a text.
 
 Checked before an upload is published, in the probe slot that no request ever uses, and for what others published when
-it first comes to the device, before any request may use it.
+it first comes to the device, before any request may use it. Only a head gives logits: an upload that promises them
+without one is refused; those of a version that is stored already are passed over, as nothing can be compared with them.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,11 +28,12 @@ TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1, "float16": 0.03}
 
 async def check(service: "Service", manifest: Manifest, slot: int | None, head: Head | None) -> None:
     """Run a resident version's examples. Raises GoldenError, naming the example that differs."""
-    if not manifest.golden:
+    examples = _keepable(manifest.golden, head)
+    if not examples:
         return
     mix = None if slot is None else Mix.one_hot(slot, service.backbone.encoder.num_layers)
-    found = await service.engine.run(_ready(service, manifest.golden, mix, head))
-    _compare(service, manifest.golden, found, manifest.reference)
+    found = await service.engine.run(_ready(service, examples, mix, head))
+    _compare(service, examples, found, manifest.reference)
 
 
 async def prove(service: "Service", adapter: Adapter, examples: Sequence[GoldenExample], name: str) -> None:
@@ -39,7 +41,12 @@ async def prove(service: "Service", adapter: Adapter, examples: Sequence[GoldenE
     encoder, slot = service.backbone.encoder, service.settings.slots  # one beyond those that requests use
     head = adapter.head.to(encoder.device) if adapter.head else None
     mix = Mix.one_hot(slot, encoder.num_layers) if adapter.entries else None
-    shown = [example for example in examples if head or example.completion is not None]
+    shown = _keepable(examples, head)
+    if len(shown) < len(examples):
+        raise GoldenError(
+            f"golden examples of {name} promise logits, and it has no head to give them; send head.json and "
+            "head.safetensors along, or examples of completions, or none"
+        )
     tried = shown or [GoldenExample(text="does it run at all")]
     forward = _ready(service, tried, mix, head)
 
@@ -55,6 +62,11 @@ async def prove(service: "Service", adapter: Adapter, examples: Sequence[GoldenE
     if not np.isfinite(np.concatenate(found)).all():
         raise GoldenError(f"{name} gives NaN or infinity on {tried[0].text!r}; its numbers are too large to serve")
     _compare(service, shown, found, name)
+
+
+def _keepable(examples: Sequence[GoldenExample], head: Head | None) -> list[GoldenExample]:
+    """The examples that a version with this head, or with none, can give at all."""
+    return [example for example in examples if head or example.completion is not None]
 
 
 def _ready(

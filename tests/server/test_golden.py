@@ -12,8 +12,10 @@ from safetensors.torch import save
 from starlette.testclient import TestClient
 
 from adapters_store.adapter import Adapter
+from adapters_store.backbones import fingerprint
 from adapters_store.manifest import GoldenExample, Manifest
 from adapters_store.mixing import Mix
+from adapters_store.store import AdapterStore
 from server import golden
 from server.engine import Row
 from server.service import Service
@@ -169,6 +171,25 @@ def test_examples_that_are_none_are_refused(client: TestClient, examples: bytes)
     assert client.get("/v1/adapters/new").status_code == 404
 
 
+def test_logits_without_a_head_are_refused_at_upload_and_passed_over_where_they_are_stored(
+    serve: Serve, store_root: Path, backbone: Path
+) -> None:
+    headless = {name: data for name, data in peft_files(7).items() if not name.startswith("head")}
+    facts = {"kind": "lora", "backbone": fingerprint(backbone, "float32"), "golden": WRONG}
+    AdapterStore(store_root).publish(Adapter(lora(21)), name="skill", task="skill", **facts)
+    client = serve()
+
+    response = upload(client, headless | {"examples.jsonl": lines(WRONG)})
+    mixed = {"inputs": [{"adapters": {"skill": 0.5, "books": 0.5}, "head": "books", "text": "a"}]}
+
+    assert (response.status_code, response.json()["code"]) == (422, "golden_mismatch"), response.text
+    assert "no head" in response.json()["detail"]
+    assert client.get("/v1/adapters/new").status_code == 404
+    assert client.post("/v1/infer", json=mixed).status_code == 200
+    assert client.get("/ready").json()["refused"] == {}
+    assert upload(client, headless).status_code == 201
+
+
 def test_an_adapter_whose_answers_overflow_is_refused_at_upload(client: TestClient) -> None:
     files = peft_files(7)
     huge = {
@@ -187,9 +208,6 @@ def test_an_adapter_whose_answers_overflow_is_refused_at_upload(client: TestClie
 def test_an_overflowing_adapter_that_came_unproved_gives_a_problem_and_its_neighbours_answers(
     serve: Serve, store_root: Path, backbone: Path
 ) -> None:
-    from adapters_store.backbones import fingerprint
-    from adapters_store.store import AdapterStore
-
     entries = list(lora(8))
     for entry in entries:
         entry.tensors["B"].mul_(1e38)
