@@ -1,14 +1,18 @@
 """Golden examples: an adapter alone must give what its training promised: logits, or log-probabilities of a text.
 
 Checked before an upload is published, in the probe slot that no request ever uses, and for what others published when
-it first comes to the device, before any request may use it. Only a head gives logits: an upload that promises them
-without one is refused; those of a version that is stored already are passed over, as nothing can be compared with them.
+it first comes to the device, before any request may use it. They run in chunks no longer than a batch, so that neither
+memory nor other requests feel how many there are. Only a head gives logits: an upload that promises them without one is
+refused; those of a version that is stored already are passed over, as nothing can be compared with them.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from adapters_store.adapter import Adapter
 from adapters_store.completions import joined_ids
@@ -24,44 +28,41 @@ if TYPE_CHECKING:
 
 # Largest difference allowed, relative to the largest logit; lower precision rounds at every layer.
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1, "float16": 0.03}
+MAX_EXAMPLES = 64  # of one version; they run before its first answer
+MAX_LOGITS = 1 << 24  # 64 MiB in float32: with a vocabulary of 128,000 the logits of 131 tokens at a time
+Forward = Callable[[Sequence["Probe"]], list[list[float]]]
+
+
+class Probe(NamedTuple):
+    """An example as token ids. start: where its completion begins, at least 1; 0 for an example of logits."""
+
+    ids: list[int]
+    start: int
 
 
 async def check(service: "Service", manifest: Manifest, slot: int | None, head: Head | None) -> None:
     """Run a resident version's examples. Raises GoldenError, naming the example that differs."""
     examples = _keepable(manifest.golden, head)
-    if not examples:
-        return
     mix = None if slot is None else Mix.one_hot(slot, service.backbone.encoder.num_layers)
-    found = await service.engine.run(_ready(service, examples, mix, head))
+    probes = _probes(service, examples, head, manifest.reference)
+    found = await _run(service, probes, lambda chunk: _forward(service, chunk, mix, head))
     _compare(service, examples, found, manifest.reference)
 
 
 async def prove(service: "Service", adapter: Adapter, examples: Sequence[GoldenExample], name: str) -> None:
     """Run an adapter that nobody may use yet, on its examples or any text. Raises GoldenError or RefusedError."""
-    encoder, slot = service.backbone.encoder, service.settings.slots  # one beyond those that requests use
-    head = adapter.head.to(encoder.device) if adapter.head else None
-    mix = Mix.one_hot(slot, encoder.num_layers) if adapter.entries else None
-    shown = _keepable(examples, head)
-    if len(shown) < len(examples):
+    head = adapter.head.to(service.backbone.encoder.device) if adapter.head else None
+    if len(_keepable(examples, head)) < len(examples):
         raise GoldenError(
             f"golden examples of {name} promise logits, and it has no head to give them; send head.json and "
             "head.safetensors along, or examples of completions, or none"
         )
-    tried = shown or [GoldenExample(text="does it run at all")]
-    forward = _ready(service, tried, mix, head)
-
-    def run() -> list[list[float]]:  # in one piece: the slot is the next proof's
-        try:
-            if adapter.entries:
-                encoder.sites.put(slot, adapter.entries)
-            return forward()
-        finally:
-            encoder.sites.drop(slot)
-
-    found = await service.engine.run(run)
+    tried = examples or [GoldenExample(text="does it run at all")]
+    probes = _probes(service, tried, head, name)
+    found = await _run(service, probes, lambda chunk: _forward_alone(service, chunk, adapter, head))
     if not np.isfinite(np.concatenate(found)).all():
         raise GoldenError(f"{name} gives NaN or infinity on {tried[0].text!r}; its numbers are too large to serve")
-    _compare(service, shown, found, name)
+    _compare(service, examples, found, name)
 
 
 def _keepable(examples: Sequence[GoldenExample], head: Head | None) -> list[GoldenExample]:
@@ -69,39 +70,95 @@ def _keepable(examples: Sequence[GoldenExample], head: Head | None) -> list[Gold
     return [example for example in examples if head or example.completion is not None]
 
 
-def _ready(
-    service: "Service", examples: Sequence[GoldenExample], mix: Mix | None, head: Head | None
-) -> Callable[[], list[list[float]]]:
-    """What, on the engine's thread, gives for each example logits, log-probabilities of its completion, or a state.
-
-    Raises GoldenError for completions where nothing is generated.
-    """
-    rows = _rows(service, [example for example in examples if example.completion is None], mix, head)
-    completing = [example for example in examples if example.completion is not None]
-    language = service.backbone.language
-    if completing and language is None:
+def _probes(service: "Service", examples: Sequence[GoldenExample], head: Head | None, name: str) -> list[Probe]:
+    """Examples as token ids; for the event loop's thread. Raises GoldenError for those that cannot be run here."""
+    if len(examples) > MAX_EXAMPLES:
+        raise GoldenError(
+            f"{name} has {len(examples)} golden examples, at most {MAX_EXAMPLES} are run; publish it with fewer"
+        )
+    if service.backbone.language is None and any(example.completion is not None for example in examples):
         raise GoldenError("the golden examples are of generated text, and this server's backbone does not generate")
-    joined = [joined_ids(service.backbone.tokenizer, one.text, one.completion or "") for one in completing]
-
-    def run() -> list[list[float]]:
-        pooled = iter(service.engine.forward(rows).outputs if rows else ())
-        completed = iter(_logprobs(language, joined, mix) if language and joined else ())
-        return [next(pooled if example.completion is None else completed) for example in examples]
-
-    return run
-
-
-def _rows(service: "Service", examples: Sequence[GoldenExample], mix: Mix | None, head: Head | None) -> list[Row]:
     limit = head.spec.max_length if head else None
+    return [_probe(service, example, limit, f"golden example {i} of {name}") for i, example in enumerate(examples)]
+
+
+def _probe(service: "Service", example: GoldenExample, limit: int | None, what: str) -> Probe:
+    """limit: tokens that a text of the adapter's head is cut to."""
+    if example.completion is None:
+        return Probe(service.backbone.tokenize([example.text], [limit])[0], 0)
+    ids, start = joined_ids(service.backbone.tokenizer, example.text, example.completion)
+    longest = service.backbone.encoder.max_length
+    if len(ids) > longest:
+        raise GoldenError(
+            f"{what} has {len(ids)} tokens with its completion, the backbone's context has {longest}; shorten it"
+        )
+    if len(ids) <= start:
+        raise GoldenError(f"{what}: its completion has no token to compare; give a longer one")
+    return Probe(ids, start)
+
+
+async def _run(service: "Service", probes: Sequence[Probe], forward: Forward) -> list[list[float]]:
+    """What forward gives for each probe, in chunks of the batch's token budget, others' forwards in between."""
+    chunks = _chunked(probes, service.backbone.encoder.tokens_run, service.settings.batch_tokens)
+    return [values for chunk in chunks for values in await service.engine.run(functools.partial(forward, chunk))]
+
+
+def _chunked(probes: Sequence[Probe], tokens_run: Callable[[Sequence[int]], int], max_tokens: int) -> list[list[Probe]]:
+    """Probes in their order, in chunks that run at most so many tokens; a longer probe is alone."""
+    chunks: list[list[Probe]] = []
+    for probe in probes:
+        if chunks and tokens_run([len(one.ids) for one in (*chunks[-1], probe)]) <= max_tokens:
+            chunks[-1].append(probe)
+        else:
+            chunks.append([probe])
+    return chunks
+
+
+def _forward(service: "Service", chunk: Sequence[Probe], mix: Mix | None, head: Head | None) -> list[list[float]]:
+    """On the engine's thread, per probe: logits (a pooled state without a head), or log-probabilities."""
     pooling = head.spec.pooling if head else service.backbone.default_pooling
-    ids = service.backbone.tokenize([example.text for example in examples], [limit] * len(examples))
-    return [Row(tokens, mix, pooling, head) for tokens in ids]
+    rows = [Row(probe.ids, mix, pooling, head) for probe in chunk if not probe.start]
+    completing = [probe for probe in chunk if probe.start]
+    language = service.backbone.language
+    pooled = iter(service.engine.forward(rows).outputs if rows else ())
+    completed = iter(_logprobs(language, completing, mix) if language and completing else ())
+    return [next(completed if probe.start else pooled) for probe in chunk]
 
 
-def _logprobs(language: LanguageModel, joined: Sequence[tuple[list[int], int]], mix: Mix | None) -> list[list[float]]:
+def _forward_alone(
+    service: "Service", chunk: Sequence[Probe], adapter: Adapter, head: Head | None
+) -> list[list[float]]:
+    """The same in the probe slot, which is empty before and after: it is the next proof's too."""
+    encoder, slot = service.backbone.encoder, service.settings.slots  # one beyond those that requests use
+    mix = Mix.one_hot(slot, encoder.num_layers) if adapter.entries else None
+    try:
+        if adapter.entries:
+            encoder.sites.put(slot, adapter.entries)
+        return _forward(service, chunk, mix, head)
+    finally:
+        encoder.sites.drop(slot)
+
+
+def _logprobs(language: LanguageModel, probes: Sequence[Probe], mix: Mix | None) -> list[list[float]]:
     """Log-probabilities of the completions' tokens and of the end of text."""
-    rows, starts = [ids for ids, _ in joined], [start for _, start in joined]
-    found: list[list[float]] = [row.tolist() for row in language.logprobs(rows, [mix] * len(rows), starts)]
+    states = language.encoder.states([probe.ids for probe in probes], [mix] * len(probes))  # (length, hidden_size) each
+    return [
+        logprobs_of(language, state[probe.start - 1 : -1], probe.ids[probe.start :])
+        for state, probe in zip(states, probes, strict=True)
+    ]
+
+
+def logprobs_of(
+    language: LanguageModel, hidden: Tensor, wanted: Sequence[int], max_logits: int = MAX_LOGITS
+) -> list[float]:
+    """Log-probabilities of tokens (n,) behind hidden states (n, hidden_size); few tokens' logits exist at a time."""
+    size = max(1, max_logits // language.vocab_size)
+    targets = torch.tensor(wanted, device=hidden.device)
+    pieces = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
+    found: list[float] = []
+    for states, tokens in pieces:
+        shares = torch.log_softmax(language.logits(states), dim=-1)  # (piece, vocab_size)
+        found += shares.gather(1, tokens[:, None])[:, 0].tolist()
     return found
 
 

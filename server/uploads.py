@@ -19,7 +19,6 @@ from adapters_store.tensors import TensorLimits, read_tensors
 from server import golden
 from server.service import Service
 
-MAX_EXAMPLES = 64
 PARTS = (
     "adapter_config.json", "adapter_model.safetensors", "manifest.json", "tensors.safetensors",
     "head.json", "head.safetensors", "examples.jsonl",
@@ -140,8 +139,8 @@ def _examples(files: dict[str, bytes]) -> tuple[GoldenExample, ...]:
     """Golden examples of examples.jsonl: {"text", "logits"} per line. Raises FormatError."""
     try:
         lines = [line for line in files.get("examples.jsonl", b"").decode().splitlines() if line.strip()]
-        if len(lines) > MAX_EXAMPLES:
-            raise FormatError(f"examples.jsonl has {len(lines)} lines, at most {MAX_EXAMPLES} are run")
+        if len(lines) > golden.MAX_EXAMPLES:  # before so many are parsed
+            raise FormatError(f"examples.jsonl has {len(lines)} lines, at most {golden.MAX_EXAMPLES} are run")
         parsed = [_Example.model_validate(json.loads(line)) for line in lines]
         return tuple(GoldenExample.model_validate(one.model_dump()) for one in parsed)
     except (ValueError, RecursionError) as error:  # not UTF-8, no JSON, or not this JSON

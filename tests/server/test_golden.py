@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save
 from starlette.testclient import TestClient
 
+from adapters_store import exchange
 from adapters_store.adapter import Adapter
 from adapters_store.backbones import fingerprint
 from adapters_store.manifest import GoldenExample, Manifest
@@ -169,6 +170,37 @@ def test_examples_that_are_none_are_refused(client: TestClient, examples: bytes)
     assert response.status_code == 422, response.text
     assert response.json()["code"] in ("golden_mismatch", "bad_format")
     assert client.get("/v1/adapters/new").status_code == 404
+
+
+def test_the_limit_of_examples_holds_for_a_manifests_own_too_and_at_load(
+    serve: Serve, store_root: Path, backbone: Path, tmp_path: Path
+) -> None:
+    many = true_examples(backbone, store_root, make_adapter(22)) * 22
+    manifest = publish(store_root, backbone, "eager", 22, golden=many)
+    exchange.write_folder(tmp_path / "out", manifest, AdapterStore(store_root).load(manifest))
+    client = serve()
+
+    response = upload(client, {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()})
+
+    assert (response.status_code, response.json()["code"]) == (422, "golden_mismatch"), response.text
+    assert "66 golden examples, at most 64" in response.json()["detail"]
+    assert_refused(client, "eager")
+
+
+def test_examples_run_in_chunks_no_longer_than_a_batch(serve: Serve, store_root: Path, backbone: Path) -> None:
+    examples = true_examples(backbone, store_root, Adapter(lora(7, 3, scale=2.0), head(7, ("no", "yes")))) * 5
+    client = serve(batch_tokens=16)
+    lengths: list[int] = []
+
+    def note(_module: object, _args: object, kwargs: dict[str, Any]) -> None:
+        lengths.append(kwargs["input_ids"].numel())
+
+    service_of(client).backbone.encoder.model.register_forward_pre_hook(note, with_kwargs=True)
+    response = upload(client, peft_files(7) | {"examples.jsonl": lines(examples)})
+
+    assert response.status_code == 201, response.text
+    assert len(lengths) > 1
+    assert max(lengths) <= 16
 
 
 def test_logits_without_a_head_are_refused_at_upload_and_passed_over_where_they_are_stored(

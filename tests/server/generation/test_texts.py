@@ -17,6 +17,7 @@ from adapters_store.mixing import Mix
 from adapters_store.primitives.head import Head
 from adapters_store.store import AdapterStore
 from server.app import make_app
+from server.golden import logprobs_of
 from server.service import Service
 from tests.server.generation.tiny_decoder import HIDDEN, LAYERS, adapter, make_decoder, make_store, upload_files
 from tests.server.tiny import make_backbone, multipart
@@ -172,6 +173,43 @@ def test_an_upload_is_proved_by_the_texts_it_promises(
     published = response.json()["manifest"]
     assert (published["generation"], len(published["golden"])) == ({"max_tokens": 5, "stop": []}, 1)
     assert len(infer(client, {"task": "new", "text": "t5"})["outputs"][0]["text"].split()) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"completion": " t7" * 128}, "131 tokens with its completion, the backbone's context has 128"),
+        ({"text": "", "completion": ""}, "no token to compare"),
+    ],
+)
+def test_a_completion_that_cannot_be_run_is_refused_at_upload_and_at_load(
+    client: TestClient, decoder: Path, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    examples = [GoldenExample.model_validate(golden(client, 55) | change)]
+    facts = {"kind": "lora", "backbone": fingerprint(decoder, "float32"), "golden": examples}
+    manifest = service_of(client).store.publish(Adapter(adapter("lora", 55)), name="long", task="long", **facts)
+    exchange.write_folder(tmp_path / "out", manifest, service_of(client).store.load(manifest))
+    files = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+
+    uploaded = client.post("/v1/adapters", data={"name": "new", "task": "new"}, files=multipart(files))
+    client.put("/v1/adapters/a00/aliases/prod", json={"version": 1})  # the server looks at the store again
+    loaded = client.post("/v1/adapters/long/load")
+
+    for response in (uploaded, loaded):
+        assert (response.status_code, response.json()["code"]) == (422, "golden_mismatch"), response.text
+        assert said in response.json()["detail"]
+
+
+@torch.no_grad()
+def test_log_probabilities_a_few_tokens_at_a_time_are_those_of_all_at_once(client: TestClient) -> None:
+    language = service_of(client).backbone.language
+    assert language is not None
+    ids = [1, *range(3, 30)]
+
+    [state] = language.encoder.states([ids], [None])
+    found = logprobs_of(language, state[4:-1], ids[5:], max_logits=3 * language.vocab_size)
+
+    assert found == pytest.approx(language.logprobs([ids], [None], [5])[0].tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize(
