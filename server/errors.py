@@ -13,6 +13,7 @@ ServerError
 ├── NoGenerationError      the backbone makes no text
 ├── BadInputError          an input that is well formed but cannot be answered
 │   └── ContextLengthError     prompt and completion are longer than the backbone's context
+├── NotServedError         an upload was published, and then this server could not load it
 ├── NotFiniteAnswerError   a composition whose numbers left what the dtype can hold
 ├── BatchFailedError       the forward pass of the row's batch failed
 └── UnforeseenError        our fault; the log says more
@@ -104,6 +105,12 @@ class ModelNotFoundError(ServerError):
     code = "model_not_found"
 
 
+class NotServedError(ServerError):
+    """An upload was published, and then this server could not load it."""
+
+    code = "not_served"
+
+
 class NotFiniteAnswerError(ServerError):
     """A composition gave NaN or infinity."""
 
@@ -144,6 +151,7 @@ STATUS: dict[type[Exception], int] = {
     NoGenerationError: 404,
     BadInputError: 422,
     ContextLengthError: 422,
+    NotServedError: 500,
     NotFiniteAnswerError: 422,
     BatchFailedError: 500,
     UnforeseenError: 500,

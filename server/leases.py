@@ -8,9 +8,25 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from adapters_store.manifest import Manifest
+from adapters_store.manifest import GoldenExample, Manifest
 from adapters_store.mixing import Mix
 from adapters_store.primitives.head import Head
+
+
+class Identity(NamedTuple):
+    """What makes two versions one: the content that answers, and the examples that it must give to be let answer."""
+
+    digest: str
+    golden: tuple[GoldenExample, ...]
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> "Identity":
+        """Of a version."""
+        return cls(manifest.digest, manifest.golden)
+
+    def __hash__(self) -> int:
+        """Looked up for every request, so without the examples' many numbers: equal digests are rare enough."""
+        return hash(self.digest)
 
 
 @dataclass(eq=False)
@@ -29,6 +45,11 @@ class Resident:
     def is_idle(self) -> bool:
         """True if it has a slot that another may take."""
         return self.holders == 0 and self.slot is not None and self.ready.done()
+
+    @property
+    def identity(self) -> Identity:
+        """Of its version."""
+        return Identity.of(self.manifest)
 
 
 class Failure(NamedTuple):

@@ -1,9 +1,11 @@
 """Adapters on the device: slots, who holds them, who may be evicted.
 
 A lease holds the versions of one call from admission to answer; what is leased is never evicted. A lease is had all or
-nothing, in order of asking, so calls cannot block each other half-way. Versions are known by content digest: two names
-for one content share a slot, and a new version never meets an old one's. A version is proved when it first comes to the
-device; what was refused for what it is stays refused until it is unloaded. All methods run on the event loop's thread.
+nothing, in order of asking, so calls cannot block each other half-way. Versions are known by their content's digest and
+their golden examples: two names for one content share a slot, a new version never meets an old one's, and one that
+promised the wrong thing takes none along that promises the right one of the same content. A version is proved when it
+first comes to the device; what was refused for what it is stays refused until it is unloaded. All methods run on the
+event loop's thread.
 """
 
 import asyncio
@@ -22,7 +24,7 @@ from server import logs
 from server.engine import Engine
 from server.errors import DrainingError, TooManyAdaptersError
 from server.host_cache import HostCache
-from server.leases import Failure, Lease, Resident
+from server.leases import Failure, Identity, Lease, Resident
 from server.metrics import Metrics
 
 log = logging.getLogger("espalier")
@@ -46,11 +48,11 @@ class Residency:
         self._prove = prove
         self._metrics = metrics
         self.num_slots = num_slots
-        self.proved: set[str] = set()  # digests; a version that comes back is what it was
-        self.failures: dict[str, Failure] = {}  # by digest: the last attempt to load it failed
+        self.failures: dict[Identity, Failure] = {}  # the last attempt to load it failed
         self.waiting: Counter[str] = Counter()  # names of adapters that calls wait for slots for
+        self._proved: set[Identity] = set()  # a version that comes back is what it was
         self._free = list(range(num_slots - 1, -1, -1))
-        self._residents: OrderedDict[str, Resident] = OrderedDict()  # least recently used first
+        self._residents: OrderedDict[Identity, Resident] = OrderedDict()  # least recently used first
         self._order = asyncio.Lock()  # held by the lease that waits for slots; later ones queue behind it
         self._released = asyncio.Event()
         self._loader = ThreadPoolExecutor(2, thread_name_prefix="loader")
@@ -63,7 +65,7 @@ class Residency:
         Raises TooManyAdaptersError if they can never fit, or what loading raises; nothing stays held then.
         """
         self._refuse_failed(manifests)
-        if not self._order.locked() and all(m.digest in self._residents for m in manifests):
+        if not self._order.locked() and all(Identity.of(m) in self._residents for m in manifests):
             held = [self._hold(m) for m in manifests]
         else:
             held = await self._hold_all(manifests)
@@ -81,10 +83,15 @@ class Residency:
         """Let go of a lease."""
         self._release(lease.residents.values())
 
+    def note_proved(self, manifest: Manifest) -> None:
+        """A version gave its examples before it was published: they need not run again, nor what failed be believed."""
+        self._proved.add(Identity.of(manifest))
+        self.failures.pop(Identity.of(manifest), None)
+
     def _refuse_failed(self, manifests: Sequence[Manifest]) -> None:
         """Raise again what is certain: a version refused for what it is. Other failures may pass; those are tried."""
         for manifest in manifests:
-            failure = self.failures.get(manifest.digest)
+            failure = self.failures.get(Identity.of(manifest))
             if failure and isinstance(failure.error, RefusedError):
                 raise type(failure.error)(str(failure.error))
 
@@ -94,7 +101,7 @@ class Residency:
             raise TooManyAdaptersError(
                 f"one call needs {needed} adapters at once, the device has {self.num_slots} slots (--slots)"
             )
-        names = {m.name for m in manifests if m.digest not in self._residents}
+        names = {m.name for m in manifests if Identity.of(m) not in self._residents}
         self.waiting.update(names)
         try:
             async with self._order:
@@ -108,12 +115,12 @@ class Residency:
 
     def _make_room(self, manifests: Sequence[Manifest]) -> bool:
         """True once there are free slots for all that are missing; evicts what nobody holds, oldest first."""
-        wanted = {m.digest for m in manifests}
-        missing = sum(1 for m in manifests if m.sites and m.digest not in self._residents)
+        wanted = {Identity.of(m) for m in manifests}
+        missing = sum(1 for m in manifests if m.sites and Identity.of(m) not in self._residents)
         surplus = missing - len(self._free)
         if surplus <= 0:
             return True
-        idle = [r for digest, r in self._residents.items() if r.is_idle and digest not in wanted]
+        idle = [r for identity, r in self._residents.items() if r.is_idle and identity not in wanted]
         if len(idle) < surplus:
             return False
         for resident in idle[:surplus]:
@@ -123,15 +130,16 @@ class Residency:
 
     def _hold(self, manifest: Manifest) -> Resident:
         """One more holder of a version; starts loading it if it is not resident."""
-        resident = self._residents.get(manifest.digest)
+        identity = Identity.of(manifest)
+        resident = self._residents.get(identity)
         if resident is None:
             slot = self._free.pop() if manifest.sites else None
             resident = Resident(manifest, slot, asyncio.get_running_loop().create_future())
-            self._residents[manifest.digest] = resident
+            self._residents[identity] = resident
             task = asyncio.create_task(self._bring(resident))
             self._loading.add(task)
             task.add_done_callback(self._loading.discard)
-        self._residents.move_to_end(manifest.digest)
+        self._residents.move_to_end(identity)
         resident.holders += 1
         return resident
 
@@ -146,7 +154,7 @@ class Residency:
         except Exception as error:  # noqa: BLE001  # whatever it was, those who wait must hear it
             self._fail(resident, error)
             return
-        self.failures.pop(resident.manifest.digest, None)
+        self.failures.pop(resident.identity, None)
         self._metrics.loads.inc()
         self._metrics.load_seconds.observe(time.perf_counter() - start)
         resident.ready.set_result(None)
@@ -161,9 +169,9 @@ class Residency:
         resident.head = adapter.head.to(self._sites.device) if adapter.head else None
         if slot is not None:
             await self._engine.run(lambda: self._sites.put(slot, adapter.entries))
-        if manifest.digest not in self.proved:
+        if resident.identity not in self._proved:
             await self._prove(manifest, slot, resident.head)
-            self.proved.add(manifest.digest)
+            self._proved.add(resident.identity)
 
     def _fail(self, resident: Resident, error: Exception) -> None:
         manifest = resident.manifest
@@ -173,7 +181,7 @@ class Residency:
             log, "adapter_refused", logging.ERROR, adapter=manifest.reference, code=code,
             detail=str(error) if known else logs.trace_of(error),
         )  # fmt: skip
-        self.failures[manifest.digest] = Failure(manifest, error, code)
+        self.failures[resident.identity] = Failure(manifest, error, code)
         self._cache.drop(manifest.digest)
         self._metrics.load_failures.labels(code).inc()
         resident.ready.set_exception(error)
@@ -197,8 +205,8 @@ class Residency:
 
     def _retire(self, resident: Resident) -> None:
         """Nobody new gets it; its slot is freed once the last holder lets go."""
-        if self._residents.get(resident.manifest.digest) is resident:
-            del self._residents[resident.manifest.digest]
+        if self._residents.get(resident.identity) is resident:
+            del self._residents[resident.identity]
         resident.retired = True
         if resident.holders == 0:
             self._empty(resident)
@@ -217,10 +225,10 @@ class Residency:
 
     async def unload(self, manifests: Sequence[Manifest], timeout_s: float) -> list[Manifest]:
         """Take versions off the device once their holders are done. Returns those that were there and now are not."""
-        found = [(m, r) for m in manifests if (r := self._residents.get(m.digest)) is not None]
+        found = [(m, r) for m in manifests if (r := self._residents.get(Identity.of(m))) is not None]
         for manifest in manifests:
             self._cache.drop(manifest.digest)
-            self.failures.pop(manifest.digest, None)
+            self.failures.pop(Identity.of(manifest), None)
         for _, resident in found:
             self._retire(resident)
         waits = [asyncio.create_task(resident.gone.wait()) for _, resident in found]
@@ -233,7 +241,7 @@ class Residency:
 
     def state(self, manifest: Manifest) -> str:
         """`device`, `loading`, `host` or `store`: where a version is now."""
-        resident = self._residents.get(manifest.digest)
+        resident = self._residents.get(Identity.of(manifest))
         if resident is not None:
             return "device" if resident.ready.done() else "loading"
         return "host" if manifest.digest in self._cache else "store"

@@ -26,7 +26,7 @@ from server.engine import Engine
 from server.generation.batcher import Batcher
 from server.generation.decoder import Decoder
 from server.generation.generator import Generator
-from server.leases import Lease
+from server.leases import Identity, Lease
 from server.metrics import GenerationState, LoraInfo, Metrics
 from server.residency import Residency
 from server.scheduler import Scheduler
@@ -108,8 +108,8 @@ class Service:
     @property
     def problems(self) -> dict[str, str]:
         """What the store holds but this server does not serve, and why."""
-        live = {m.digest for versions in self.catalog.manifests.values() for m in versions.values()}
-        failed = [failure for digest, failure in self.residency.failures.items() if digest in live]
+        live = {Identity.of(m) for versions in self.catalog.manifests.values() for m in versions.values()}
+        failed = [failure for identity, failure in self.residency.failures.items() if identity in live]
         return {f.manifest.reference: f"{f.code}: {f.error}" for f in failed} | dict(self.catalog.broken)
 
     @property

@@ -1,9 +1,11 @@
 """An adapter that a client sends while the server serves: read strictly, checked, proved, published, made resident.
 
-Until it is published nothing of it is anywhere; a refusal at any step leaves nothing behind.
+Until it is published nothing of it is anywhere; a refusal at any step leaves nothing behind. What goes wrong afterwards
+is no refusal: it says that the version is there.
 """
 
 import json
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +14,15 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from adapters_store import exchange, peft_format
 from adapters_store.adapter import Adapter
-from adapters_store.errors import BackboneMismatchError, ConflictError, FormatError
+from adapters_store.errors import BackboneMismatchError, ConflictError, EspalierError, FormatError
 from adapters_store.manifest import GenerationSpec, GoldenExample, Manifest
 from adapters_store.references import check_alias, check_name
 from adapters_store.tensors import TensorLimits, read_tensors
-from server import golden
+from server import golden, logs
+from server.errors import NotServedError
 from server.service import Service
 
+log = logging.getLogger("espalier")
 PARTS = (
     "adapter_config.json", "adapter_model.safetensors", "manifest.json", "tensors.safetensors",
     "head.json", "head.safetensors", "examples.jsonl",
@@ -65,7 +69,10 @@ class _Example(BaseModel):
 
 
 async def publish(service: Service, upload: Upload) -> dict[str, Any]:
-    """The reply to a successful upload: manifest, digest, coverage. Raises a RefusedError that says why not."""
+    """The reply to a successful upload: manifest, digest, coverage.
+
+    Raises a RefusedError that says why not, or NotServedError for a version that is published but could not be loaded.
+    """
     check_name(upload.name)
     check_name(upload.task, "task")
     if upload.alias is not None:
@@ -75,9 +82,8 @@ async def publish(service: Service, upload: Upload) -> dict[str, Any]:
     candidate = await service.work(lambda: _read(service, upload))
     await golden.prove(service, candidate.adapter, candidate.golden, upload.name)
     manifest = await service.work(lambda: _publish(service, upload, candidate))
-    service.residency.proved.add(manifest.digest)
-    await service.refresh()
-    service.residency.release(await service.residency.lease([manifest]))
+    service.residency.note_proved(manifest)
+    await _make_resident(service, manifest, upload.alias)
     return {
         "manifest": manifest.model_dump(mode="json"),
         "reference": manifest.reference,
@@ -158,6 +164,21 @@ def _publish(service: Service, upload: Upload, candidate: Candidate) -> Manifest
         generation=candidate.generation,
         actor=upload.actor,
     )  # fmt: skip
+
+
+async def _make_resident(service: Service, manifest: Manifest, alias: str | None) -> None:
+    """Show a published version to requests and load it. Raises NotServedError, whatever went wrong."""
+    try:
+        await service.refresh()
+        service.residency.release(await service.residency.lease([manifest]))
+    except Exception as error:
+        logs.note(log, "not_served", logging.ERROR, adapter=manifest.reference, trace=logs.trace_of(error))
+        state = f"published, and {alias!r} points at it" if alias else "published"
+        why = error if isinstance(error, EspalierError) else "its log says why"
+        raise NotServedError(
+            f"{manifest.reference} is {state}, but this server could not load it: {why}; do not upload it again: "
+            f"POST /v1/adapters/{manifest.name}/load tries anew, and an alias can be moved back"
+        ) from error
 
 
 def _coverage(adapter: Adapter) -> dict[str, Any]:

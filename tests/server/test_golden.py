@@ -14,10 +14,12 @@ from starlette.testclient import TestClient
 from adapters_store import exchange
 from adapters_store.adapter import Adapter
 from adapters_store.backbones import fingerprint
+from adapters_store.errors import CorruptError
 from adapters_store.manifest import GoldenExample, Manifest
 from adapters_store.mixing import Mix
 from adapters_store.store import AdapterStore
 from server import golden
+from server.app import make_app
 from server.engine import Row
 from server.service import Service
 from tests.server.conftest import Serve
@@ -130,8 +132,13 @@ def test_unloading_a_refused_version_lets_it_be_tried_again(serve: Serve, store_
     assert_refused(client, "liar")
 
 
-def upload(client: TestClient, files: dict[str, bytes]) -> Any:
-    return client.post("/v1/adapters", data={"name": "new", "task": "new"}, files=multipart(files))
+def upload(client: TestClient, files: dict[str, bytes], **fields: str) -> Any:
+    return client.post("/v1/adapters", data={"name": "new", "task": "new"} | fields, files=multipart(files))
+
+
+def exported(manifest: Manifest, store_root: Path, folder: Path) -> dict[str, bytes]:
+    exchange.write_folder(folder, manifest, AdapterStore(store_root).load(manifest))
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def lines(examples: Sequence[GoldenExample]) -> bytes:
@@ -172,15 +179,49 @@ def test_examples_that_are_none_are_refused(client: TestClient, examples: bytes)
     assert client.get("/v1/adapters/new").status_code == 404
 
 
+def test_the_same_tensors_with_right_examples_do_not_inherit_a_refusal_nor_cure_it(
+    serve: Serve, store_root: Path, backbone: Path, tmp_path: Path
+) -> None:
+    right = true_examples(backbone, store_root, make_adapter(22))
+    refused = publish(store_root, backbone, "new", 22, golden=WRONG)
+    files = exported(refused, store_root, tmp_path / "out")
+    client = serve()
+    assert_refused(client, "new")
+
+    response = upload(client, files | {"examples.jsonl": lines(right)}, alias="prod")
+
+    assert (response.status_code, response.json()["digest"]) == (201, refused.digest), response.text
+    for server in (client, serve()):  # also where the good version came first
+        assert ask(server, "new").status_code == 200
+        old = server.post("/v1/infer", json={"inputs": [{"adapters": {"new@1": 1.0}, "head": "new@1", "text": "a"}]})
+        assert (old.status_code, old.json()["code"]) == (422, "golden_mismatch"), old.text
+        assert list(server.get("/ready").json()["refused"]) == ["new@1"]
+
+
+def test_a_load_that_fails_after_publishing_says_that_the_version_is_there(backbone: Path, store_root: Path) -> None:
+    class Failing(Service):
+        def load(self, manifest: Manifest) -> Adapter:
+            raise CorruptError(f"{manifest.reference} cannot be loaded: the disk says no")
+
+    service = Failing(settings_for(backbone, store_root, preload=False))
+    with TestClient(make_app(service)) as client:
+        response = upload(client, peft_files(7), alias="prod")
+
+        assert (response.status_code, response.json()["code"]) == (500, "not_served"), response.text
+        assert "new@1 is published, and 'prod' points at it" in response.json()["detail"]
+        assert "the disk says no" in response.json()["detail"]
+        assert client.get("/v1/adapters/new").json()["aliases"] == {"prod": 1}
+
+
 def test_the_limit_of_examples_holds_for_a_manifests_own_too_and_at_load(
     serve: Serve, store_root: Path, backbone: Path, tmp_path: Path
 ) -> None:
     many = true_examples(backbone, store_root, make_adapter(22)) * 22
     manifest = publish(store_root, backbone, "eager", 22, golden=many)
-    exchange.write_folder(tmp_path / "out", manifest, AdapterStore(store_root).load(manifest))
+    files = exported(manifest, store_root, tmp_path / "out")
     client = serve()
 
-    response = upload(client, {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()})
+    response = upload(client, files)
 
     assert (response.status_code, response.json()["code"]) == (422, "golden_mismatch"), response.text
     assert "66 golden examples, at most 64" in response.json()["detail"]
