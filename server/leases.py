@@ -53,10 +53,11 @@ class Resident:
 
 
 class Failure(NamedTuple):
-    """Why a version could not be made resident."""
+    """Why a version could not be made resident. Not the error itself: its frames hold the adapter's tensors."""
 
     manifest: Manifest
-    error: Exception
+    kind: type[Exception]
+    message: str
     code: str
 
 

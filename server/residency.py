@@ -92,8 +92,8 @@ class Residency:
         """Raise again what is certain: a version refused for what it is. Other failures may pass; those are tried."""
         for manifest in manifests:
             failure = self.failures.get(Identity.of(manifest))
-            if failure and isinstance(failure.error, RefusedError):
-                raise type(failure.error)(str(failure.error))
+            if failure and issubclass(failure.kind, RefusedError):
+                raise failure.kind(failure.message)
 
     async def _hold_all(self, manifests: Sequence[Manifest]) -> list[Resident]:
         needed = sum(1 for m in manifests if m.sites)
@@ -181,10 +181,11 @@ class Residency:
             log, "adapter_refused", logging.ERROR, adapter=manifest.reference, code=code,
             detail=str(error) if known else logs.trace_of(error),
         )  # fmt: skip
-        self.failures[resident.identity] = Failure(manifest, error, code)
+        self.failures[resident.identity] = Failure(manifest, type(error), str(error), code)
         self._cache.drop(manifest.digest)
         self._metrics.load_failures.labels(code).inc()
-        resident.ready.set_exception(error)
+        error.__cause__ = error.__context__ = None  # their frames hold the tensors, and this one's hold `ready`
+        resident.ready.set_exception(error.with_traceback(None))
         resident.ready.exception()  # seen, even if nobody waits any more
         self._retire(resident)
 

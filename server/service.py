@@ -110,7 +110,7 @@ class Service:
         """What the store holds but this server does not serve, and why."""
         live = {Identity.of(m) for versions in self.catalog.manifests.values() for m in versions.values()}
         failed = [failure for identity, failure in self.residency.failures.items() if identity in live]
-        return {f.manifest.reference: f"{f.code}: {f.error}" for f in failed} | dict(self.catalog.broken)
+        return {f.manifest.reference: f"{f.code}: {f.message}" for f in failed} | dict(self.catalog.broken)
 
     @property
     def operator_path(self) -> str:

@@ -1,12 +1,15 @@
 """Slots, leases and evictions, on a real service without HTTP."""
 
 import asyncio
+import contextlib
+import weakref
 from pathlib import Path
 
 import pytest
 
-from adapters_store.errors import CorruptError, EspalierError
-from adapters_store.manifest import Manifest
+from adapters_store.adapter import Adapter
+from adapters_store.errors import CorruptError, EspalierError, RefusedError
+from adapters_store.manifest import GoldenExample, Manifest
 from adapters_store.sites import num_filled
 from adapters_store.store import AdapterStore
 from server import inference
@@ -135,6 +138,30 @@ def test_a_failed_load_frees_the_slot_and_tells_all_who_wait(backbone: Path, sto
             assert "films@1" in service.problems
             service.residency.release(await service.residency.lease([books]))
             assert await filled(service) == SITES
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("refusal", ["golden", "rank"])
+def test_a_refused_adapter_is_remembered_without_its_tensors(backbone: Path, store_root: Path, refusal: str) -> None:
+    wrong = [GoldenExample(text="good", logits=(40.0, -40.0))]
+    publish(store_root, backbone, "liar", 72, golden=wrong if refusal == "golden" else [])
+    seen: list[weakref.ref[Adapter]] = []
+
+    class Watched(Service):
+        def check(self, loaded: Adapter) -> None:
+            seen.append(weakref.ref(loaded))
+            super().check(loaded)
+
+    async def scenario() -> None:
+        service = Watched(settings_for(backbone, store_root, preload=False, max_rank=4 if refusal == "golden" else 3))
+        await service.start()
+        with contextlib.suppress(RefusedError):
+            await service.residency.lease(versions(service, "liar"))
+
+        assert list(service.problems) == ["liar@1"]
+        await until_async(lambda: [ref() for ref in seen] == [None], "letting go of the adapter")
+        await service.stop()
 
     asyncio.run(scenario())
 
