@@ -43,8 +43,8 @@ class Resident:
 
     @property
     def is_idle(self) -> bool:
-        """True if it has a slot that another may take."""
-        return self.holders == 0 and self.slot is not None and self.ready.done()
+        """True if it may be evicted."""
+        return self.holders == 0 and self.ready.done()
 
     @property
     def identity(self) -> Identity:

@@ -4,8 +4,9 @@ A lease holds the versions of one call from admission to answer; what is leased 
 nothing, in order of asking, so calls cannot block each other half-way. Versions are known by their content's digest and
 their golden examples: two names for one content share a slot, a new version never meets an old one's, and one that
 promised the wrong thing takes none along that promises the right one of the same content. A version is proved when it
-first comes to the device; what was refused for what it is stays refused until it is unloaded. All methods run on the
-event loop's thread.
+first comes to the device; what was refused for what it is stays refused until it is unloaded. A version that has only a
+head takes no slot; idle ones are evicted, oldest first, while more than twice as many versions as there are slots are
+on the device. All methods run on the event loop's thread.
 """
 
 import asyncio
@@ -120,13 +121,23 @@ class Residency:
         surplus = missing - len(self._free)
         if surplus <= 0:
             return True
-        idle = [r for identity, r in self._residents.items() if r.is_idle and identity not in wanted]
+        with_slot = [(identity, r) for identity, r in self._residents.items() if r.slot is not None]
+        idle = [r for identity, r in with_slot if r.is_idle and identity not in wanted]
         if len(idle) < surplus:
             return False
-        for resident in idle[:surplus]:
+        self._evict(idle[:surplus])
+        return True
+
+    def _bound_heads(self) -> None:
+        """Evict idle versions that have only a head, oldest first, as far as there are too many residents."""
+        surplus = len(self._residents) - 2 * self.num_slots
+        if surplus > 0:
+            self._evict([r for r in self._residents.values() if r.is_idle and r.slot is None][:surplus])
+
+    def _evict(self, residents: Sequence[Resident]) -> None:
+        for resident in residents:
             self._metrics.evictions.inc()
             self._retire(resident)
-        return True
 
     def _hold(self, manifest: Manifest) -> Resident:
         """One more holder of a version; starts loading it if it is not resident."""
@@ -202,6 +213,7 @@ class Residency:
             resident.holders -= 1
             if resident.retired and resident.holders == 0:
                 self._empty(resident)
+        self._bound_heads()
         self._released.set()
 
     def _retire(self, resident: Resident) -> None:

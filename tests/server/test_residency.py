@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from adapters_store.adapter import Adapter
+from adapters_store.backbones import fingerprint
 from adapters_store.errors import CorruptError, EspalierError, RefusedError
 from adapters_store.manifest import GoldenExample, Manifest
 from adapters_store.sites import num_filled
@@ -16,7 +17,7 @@ from server import inference
 from server.errors import TooManyAdaptersError
 from server.schemas import InferRequest
 from server.service import Service
-from tests.server.tiny import TASKS, make_adapter
+from tests.server.tiny import TASKS, head, lora, make_adapter
 from tests.server.tools import held_engine, publish, running, settings_for, until_async
 
 SITES = 4  # that each adapter of tiny.py touches
@@ -66,6 +67,29 @@ def test_what_is_held_is_never_evicted_and_the_oldest_idle_is(backbone: Path, st
 
             assert resident(service) == {"films", "spam"}  # books was used least recently
             assert await filled(service) == 2 * SITES
+
+    asyncio.run(scenario())
+
+
+def test_versions_with_only_a_head_are_bounded_too_and_the_oldest_idle_one_goes(
+    backbone: Path, store_root: Path
+) -> None:
+    store, facts = AdapterStore(store_root), {"kind": "head", "backbone": fingerprint(backbone, "float32")}
+    names = [f"head{i}" for i in range(6)]
+    for seed, name in enumerate(names):
+        store.publish(Adapter([], head(seed)), name=name, task=name, **facts)
+
+    async def scenario() -> None:
+        async with running(settings_for(backbone, store_root, slots=2, preload=False)) as service:
+            held = await service.residency.lease(versions(service, "head0", "books"))
+            for name in names[1:]:
+                service.residency.release(await service.residency.lease(versions(service, name)))
+
+            assert resident(service) == {"books", "head0", "head4", "head5"}  # what is held stays
+            assert service.metrics.resident.labels("device")._value.get() == 4
+            service.residency.release(held)
+            service.residency.release(await service.residency.lease(versions(service, *names)))
+            assert resident(service) == {"books", "head3", "head4", "head5"}  # one call may need more, for its time
 
     asyncio.run(scenario())
 
@@ -256,10 +280,6 @@ def test_evicted_and_reloaded_a_hundred_times_an_adapter_answers_the_same_bits(
 
 
 def test_a_small_adapter_leaves_nothing_of_the_large_one_it_displaces(backbone: Path, store_root: Path) -> None:
-    from adapters_store.adapter import Adapter
-    from adapters_store.backbones import fingerprint
-    from tests.server.tiny import head, lora
-
     store = AdapterStore(store_root)
     facts = {"kind": "lora", "backbone": fingerprint(backbone, "float32")}
     store.publish(make_adapter(50, modules=("query", "key", "value"), rank=9), name="large", task="large", **facts)
