@@ -56,16 +56,15 @@ def _verify_aliases(objects: Objects) -> Iterator[Problem]:
 
 
 def _verify_pointers(pointers: Pointers, versions: list[int]) -> Iterator[Problem]:
-    try:
-        aliases = pointers.all()
-    except CorruptError as error:
-        yield Problem(pointers.folder, str(error))
-        return
-    for alias, version in aliases.items():
-        if version not in versions:
-            yield Problem(
-                f"{pointers.folder}/{alias}", f"points at version {version}, which is not there; it has {versions}"
-            )
+    for alias in pointers.names():
+        try:
+            record = pointers.get(alias)
+        except CorruptError as error:
+            yield Problem(f"{pointers.folder}/{alias}", str(error))
+            continue
+        if record and record.version not in versions:
+            message = f"points at version {record.version}, which is not there; it has {versions}"
+            yield Problem(f"{pointers.folder}/{alias}", message)
 
 
 def _verify_graphs(objects: Objects) -> Iterator[Problem]:

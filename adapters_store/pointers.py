@@ -5,13 +5,14 @@ the other takes the next. A pointer is a series of records of which the highest 
 objects are, and its history and rollback come for nothing.
 """
 
+import contextlib
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from adapters_store.errors import ConflictError, CorruptError
+from adapters_store.errors import ConflictError, CorruptError, NotFoundError
 from adapters_store.objects import Objects
 
 
@@ -90,16 +91,24 @@ class Pointers:
         return [self._read(series, number) for number in series.numbers()]
 
     def all(self) -> dict[str, int]:
-        """Every alias with the version it points at."""
-        aliases = sorted({key.removeprefix(self.folder + "/").split("/")[0] for key in self.objects.list(self.folder)})
-        found = {alias: self.get(alias) for alias in aliases}
+        """Every alias with the version it points at. Raises CorruptError if one of them cannot be read."""
+        found = {alias: self.get(alias) for alias in self.names()}
         return {alias: record.version for alias, record in found.items() if record}
 
+    def names(self) -> list[str]:
+        """Aliases that have a folder, in order."""
+        return sorted({key.removeprefix(self.folder + "/").split("/")[0] for key in self.objects.list(self.folder)})
+
     def get(self, alias: str) -> AliasRecord | None:
-        """Where the alias points; None if there is no such alias."""
+        """Where the alias points; None if there is no such alias. Raises CorruptError if that cannot be read."""
         series = self.series(alias)
-        numbers = series.numbers()
-        return self._read(series, numbers[-1]) if numbers else None
+        for _ in range(3):
+            numbers = series.numbers()
+            if not numbers:
+                return None
+            with contextlib.suppress(NotFoundError):  # a move that was taken back just now: the one before counts
+                return self._read(series, numbers[-1])
+        raise CorruptError(f"{series.key(numbers[-1])} is listed, but not there; restore it from a backup")
 
     def move(self, alias: str, record: AliasRecord, after: int | None = None) -> str:
         """Point the alias elsewhere; returns the key of the record, by which a move can be taken back.

@@ -79,7 +79,7 @@ class AdapterStore:
         if asked.digest:
             return self._by_digest(asked, versions)
         latest = versions[-1] if asked.version is None else asked.version
-        version = self._aliased(asked) if asked.alias else latest
+        version = self._aliased(asked.name, asked.alias) if asked.alias else latest
         self._require(asked, version, versions)
         return self._manifest(asked.name, version)
 
@@ -103,8 +103,17 @@ class AdapterStore:
         return [number for number in versions_of(self.objects, name).numbers() if number not in deleted]
 
     def aliases(self, name: str) -> dict[str, int]:
-        """Aliases of a name and the versions they point at."""
+        """Aliases of a name and the versions they point at. Raises CorruptError if one of them cannot be read."""
         return aliases_of(self.objects, name).all()
+
+    def alias_names(self, name: str) -> list[str]:
+        """Aliases of a name, also such as cannot be read."""
+        return aliases_of(self.objects, name).names()
+
+    def alias(self, name: str, alias: str) -> int | None:
+        """The version that an alias points at; None if there is no such alias. Raises CorruptError."""
+        record = aliases_of(self.objects, name).get(check_alias(alias))
+        return record.version if record else None
 
     def alias_history(self, name: str, alias: str) -> list[AliasRecord]:
         """Every move of an alias, oldest first; none for an unknown alias."""
@@ -205,11 +214,12 @@ class AdapterStore:
             self._manifests[name, version] = read_manifest(self.objects, name, version)
         return self._manifests[name, version]
 
-    def _aliased(self, asked: Reference) -> int:
-        aliases = self.aliases(asked.name)
-        if asked.alias not in aliases:
-            raise AdapterNotFoundError(f"{asked.name} has no alias {asked.alias!r}; its aliases: {_listed(aliases)}")
-        return aliases[asked.alias]
+    def _aliased(self, name: str, alias: str) -> int:
+        version = self.alias(name, alias)
+        if version is None:
+            has = _listed(self.alias_names(name))
+            raise AdapterNotFoundError(f"{name} has no alias {alias!r}; its aliases: {has}")
+        return version
 
     def _by_digest(self, asked: Reference, versions: Sequence[int]) -> Manifest:
         """The newest version with a digest that begins so: versions of one digest answer alike."""

@@ -25,16 +25,19 @@ from adapters_store.references import Reference, parse_reference
 from adapters_store.store import AdapterStore
 
 Found = TypeVar("Found")
+Other = TypeVar("Other")
 MAX_EVIDENCE = 1e6  # a softmax of more is no choice any more, and its quotient with a small temperature is infinite
 DEFAULT_ALIAS = "prod"  # what a task resolves to, where its adapter has it
+UNREADABLE = 0  # where an alias points that cannot be read; versions count from 1
 
 
 @dataclass(frozen=True, eq=False)
 class Catalog:
     """Adapters by name and version, their aliases, and the relation graph with its prior.
 
-    broken: what the store holds but nobody can read or serve, and why. graph_seen: the store's latest graph, which is
-    graph_version unless that one is broken.
+    broken: what the store holds but nobody can read or serve, by reference, and why. An alias in it is where the
+    snapshot before had it, or in no snapshot yet and then resolves to nothing: never to the latest version.
+    graph_seen: the store's latest graph, which is graph_version unless that one is broken.
     """
 
     manifests: Mapping[str, Mapping[int, Manifest]] = field(default_factory=dict)
@@ -55,7 +58,8 @@ class Catalog:
         number = self._number(parsed, versions)
         if number not in versions:
             have = [*map(str, sorted(versions)), *sorted(self.aliases.get(parsed.name, ()))]
-            raise AdapterNotFoundError(f"no {parsed}; {parsed.name} has: {_some(have)}")
+            readable = " that can be read" if str(parsed) in self.broken else ""
+            raise AdapterNotFoundError(f"no {parsed}{readable}; {parsed.name} has: {_some(have)}")
         return versions[number]
 
     def _number(self, reference: Reference, versions: Mapping[int, Manifest]) -> int:
@@ -80,7 +84,7 @@ class Catalog:
         if node is not None and node.adapter is not None:
             return node.adapter
         name = self.adapter_of_task.get(task)
-        return f"{name}@{DEFAULT_ALIAS}" if DEFAULT_ALIAS in self.aliases.get(name or "", {}) else name
+        return f"{name}@{DEFAULT_ALIAS}" if name and _is_promoted(name, self.aliases, self.broken) else name
 
     def manifest_of_task(self, task: str) -> Manifest:
         """The version that is the task's own module now. Raises TaskNotFoundError or AdapterNotFoundError."""
@@ -141,7 +145,7 @@ def read(store: AdapterStore, previous: Catalog, num_layers: int) -> Catalog:
     What cannot be read is left out and noted in `broken`; a graph that cannot be served leaves the one before.
     """
     broken: dict[str, str] = {}
-    found = {name: _adapter(store, name, previous.manifests.get(name, {}), broken) for name in store.names()}
+    found = {name: _adapter(store, name, previous, broken) for name in store.names()}
     manifests = {name: versions for name, (versions, _) in found.items() if versions}
     aliases = {name: found[name][1] for name in manifests}
     seen = max(store.graph_versions(), default=0)
@@ -174,28 +178,45 @@ def check_graph(graph: RelationGraph | None, num_layers: int) -> None:
 
 
 def _adapter(
-    store: AdapterStore, name: str, known: Mapping[int, Manifest], broken: dict[str, str]
+    store: AdapterStore, name: str, previous: Catalog, broken: dict[str, str]
 ) -> tuple[dict[int, Manifest], dict[str, int]]:
     """Versions and aliases of a name as they were at one moment: every alias points at a version that is there.
 
     Aliases are read first, so what they point at is published by then; a deletion in between means another look.
     """
-    nothing: dict[str, int] = {}
+    known, before = previous.manifests.get(name, {}), previous.aliases.get(name, {})
     for _ in range(3):
-        aliases = _noted(broken, name, nothing, lambda: store.aliases(name))
-        numbers = store.versions(name)
-        if set(aliases.values()) <= set(numbers):
+        aliases = _aliases(store, name, broken)
+        versions = {n: known.get(n) or _manifest(store, f"{name}@{n}", broken) for n in store.versions(name)}
+        readable = {n: manifest for n, manifest in versions.items() if manifest}
+        if set(aliases.values()) <= {UNREADABLE, *readable}:
             break
-    versions = {n: known.get(n) or _manifest(store, f"{name}@{n}", broken) for n in numbers}
-    readable = {n: manifest for n, manifest in versions.items() if manifest}
+    for alias in [alias for alias, n in aliases.items() if n not in readable]:
+        broken.setdefault(f"{name}@{alias}", f"corrupt: {name}@{aliases[alias]}, where it points, cannot be read")
+        aliases[alias] = before.get(alias, UNREADABLE)
     return readable, {alias: n for alias, n in aliases.items() if n in readable}
+
+
+def _aliases(store: AdapterStore, name: str, broken: dict[str, str]) -> dict[str, int]:
+    """Where each alias of a name points. One that cannot be read is noted, and keeps nobody from reading the others."""
+    found = {alias: _alias(store, name, alias, broken) for alias in store.alias_names(name)}
+    return {alias: number for alias, number in found.items() if number is not None}
+
+
+def _alias(store: AdapterStore, name: str, alias: str, broken: dict[str, str]) -> int | None:
+    return _noted(broken, f"{name}@{alias}", UNREADABLE, lambda: store.alias(name, alias))
+
+
+def _is_promoted(name: str, aliases: Mapping[str, Mapping[str, int]], broken: Mapping[str, str]) -> bool:
+    """True if the name has DEFAULT_ALIAS, be it one that nobody can read."""
+    return DEFAULT_ALIAS in aliases.get(name, {}) or f"{name}@{DEFAULT_ALIAS}" in broken
 
 
 def _manifest(store: AdapterStore, reference: str, broken: dict[str, str]) -> Manifest | None:
     return _noted(broken, reference, None, lambda: store.resolve(reference))
 
 
-def _noted(broken: dict[str, str], what: str, otherwise: Found, read: Callable[[], Found]) -> Found:
+def _noted(broken: dict[str, str], what: str, otherwise: Other, read: Callable[[], Found]) -> Found | Other:
     """What read gives; what is corrupt is noted instead, and what is deleted meanwhile is not there."""
     try:
         return read()

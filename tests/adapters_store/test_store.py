@@ -201,6 +201,35 @@ def test_an_alias_needs_a_version(store):
     assert store.aliases("books") == {}
 
 
+def test_an_alias_that_cannot_be_read_is_named_and_keeps_no_other_from_resolving(store):
+    publish(store, alias="prod")
+    store.set_alias("books", "staging", 1)
+    (store.objects.root / "adapters/books/aliases/staging/0000001.json").write_text("{")
+
+    assert store.resolve("books@prod").version == 1
+    assert store.alias("books", "canary") is None
+    with pytest.raises(CorruptError, match=r"aliases/staging/0000001\.json is no AliasRecord"):
+        store.resolve("books@staging")
+    assert [problem.key for problem in store.verify()] == ["adapters/books/aliases/staging"]
+
+
+class TakenBack(LocalObjects):
+    """Somebody else takes a move back just after it was listed."""
+
+    def read(self, key: str) -> bytes:
+        if key.endswith("aliases/prod/0000002.json"):
+            self.delete(key)
+        return super().read(key)
+
+
+def test_a_move_that_is_taken_back_while_it_is_read_counts_no_more(store):
+    publish(store, alias="prod")
+    publish(store, seed=1, alias="prod")
+    root = store.objects.root
+
+    assert AdapterStore(root, objects=TakenBack(root)).aliases("books") == {"prod": 1}
+
+
 def test_rollback_goes_back_step_by_step_and_then_says_so(store):
     for seed in range(3):
         publish(store, seed=seed, alias="prod")

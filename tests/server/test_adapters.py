@@ -224,6 +224,9 @@ def test_a_damaged_manifest_is_listed_and_hides_only_itself(serve: Serve, store_
     assert client.get("/v1/adapters/films").status_code == 404
     assert scores(client, {"task": "books", "text": "good"}, mode="prior")
     assert upload(client, "films", peft_files(5)).json()["reference"] == "films@2"
+    unpromoted = client.post("/v1/infer", json={"inputs": [{"task": "films", "text": "good"}]})
+    assert "no films@prod that can be read; films has: 2" in unpromoted.json()["detail"]
+    client.put("/v1/adapters/films/aliases/prod", json={"version": 2})
     assert scores(client, {"task": "films", "text": "good"})
 
 
