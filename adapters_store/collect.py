@@ -7,11 +7,22 @@ from dataclasses import dataclass
 from adapters_store.errors import ConflictError, CorruptError, EspalierError, NotFoundError
 from adapters_store.graph import RelationGraph
 from adapters_store.graph_store import GraphStore
-from adapters_store.layout import BLOBS, aliases_of, blob_key, live_versions, read_manifest, versions_of
+from adapters_store.layout import (
+    BLOBS,
+    aliases_of,
+    blob_key,
+    foreign_entries,
+    live_versions,
+    names_in,
+    read_manifest,
+    versions_of,
+)
 from adapters_store.manifest import Manifest, digest_of
 from adapters_store.objects import Objects
 from adapters_store.pointers import Pointers
 from adapters_store.tensors import TensorLimits, check_specs, read_specs
+
+FOREIGN = "no adapter or alias can be called so: nothing reads it, gc keeps no tensors for it; move it out of the store"
 
 
 @dataclass(frozen=True)
@@ -23,8 +34,9 @@ class Problem:
 
 
 def verify(objects: Objects) -> list[Problem]:
-    """Check every manifest with its blob, every alias and every graph; nothing is changed."""
-    return [*_verify_versions(objects), *_verify_aliases(objects), *_verify_graphs(objects)]
+    """Check every manifest with its blob, every alias and every graph, and name what is foreign; nothing is changed."""
+    foreign = [Problem(key, FOREIGN) for key in foreign_entries(objects)]
+    return [*_verify_versions(objects), *_verify_aliases(objects), *_verify_graphs(objects), *foreign]
 
 
 def _verify_versions(objects: Objects) -> Iterator[Problem]:
@@ -48,7 +60,7 @@ def _check_blob(objects: Objects, manifest: Manifest) -> None:
 
 def _verify_aliases(objects: Objects) -> Iterator[Problem]:
     live = live_versions(objects)
-    for name in sorted({key.split("/")[1] for key in objects.list("adapters")}):
+    for name in names_in(objects):
         versions = [version for owner, version in live if owner == name]
         yield from _verify_pointers(aliases_of(objects, name), versions)
     graphs = GraphStore(objects)

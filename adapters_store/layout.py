@@ -7,6 +7,9 @@ graphs/versions/<00000002>.json                    relation graph, who put it th
 graphs/aliases/<alias>/<0000007>.json
 tombstones/adapters/<name>/<00000003>.json         a deletion; the manifest stays, so its number is never used again
 quarantine/sha256/<hex>.<other hex>                bytes that were found under a digest they do not have
+
+Folders in the place of a <name> or an <alias> that cannot be one, such as a backup `books copy`, are not read; `verify`
+names them.
 """
 
 import re
@@ -14,12 +17,13 @@ import re
 from adapters_store.errors import CorruptError
 from adapters_store.manifest import Manifest
 from adapters_store.objects import Objects
-from adapters_store.pointers import Pointers, Series, read_json
-from adapters_store.references import check_name
+from adapters_store.pointers import Pointers, Series, entries, read_json
+from adapters_store.references import NAME, check_name
 
 BLOBS = "blobs/sha256"
 QUARANTINE = "quarantine/sha256"
-_VERSION_KEY = re.compile(r"(?:tombstones/)?adapters/([^/]+)/(?:versions/)?(\d+)\.json\Z")
+_VERSION_KEY = re.compile(r"adapters/([^/]+)/versions/(\d+)\.json\Z")
+_TOMBSTONE_KEY = re.compile(r"tombstones/adapters/([^/]+)/(\d+)\.json\Z")
 
 
 def blob_key(digest: str) -> str:
@@ -44,13 +48,25 @@ def aliases_of(objects: Objects, name: str) -> Pointers:
 
 def live_versions(objects: Objects) -> list[tuple[str, int]]:
     """Name and number of every version that is not deleted, in order."""
-    published, deleted = _numbered(objects, "adapters"), _numbered(objects, "tombstones/adapters")
-    return sorted(published - deleted)
+    published = _numbered(objects, "adapters", _VERSION_KEY)
+    return sorted(published - _numbered(objects, "tombstones/adapters", _TOMBSTONE_KEY))
 
 
-def _numbered(objects: Objects, folder: str) -> set[tuple[str, int]]:
-    matches = [_VERSION_KEY.match(key) for key in objects.list(folder)]
-    return {(match[1], int(match[2])) for match in matches if match}
+def _numbered(objects: Objects, folder: str, pattern: re.Pattern[str]) -> set[tuple[str, int]]:
+    matches = [pattern.match(key) for key in objects.list(folder)]
+    return {(match[1], int(match[2])) for match in matches if match and NAME.match(match[1])}
+
+
+def names_in(objects: Objects) -> list[str]:
+    """Names that have a folder, in order, also such as have no version left."""
+    return [entry for entry in entries(objects, "adapters") if NAME.match(entry)]
+
+
+def foreign_entries(objects: Objects) -> list[str]:
+    """Keys of what lies where an adapter or an alias would, but is called as none can be."""
+    alias_folders = [aliases_of(objects, name).folder for name in names_in(objects)]
+    folders = ["adapters", "tombstones/adapters", "graphs/aliases", *alias_folders]
+    return [f"{folder}/{entry}" for folder in folders for entry in entries(objects, folder) if not NAME.match(entry)]
 
 
 def read_manifest(objects: Objects, name: str, version: int) -> Manifest:

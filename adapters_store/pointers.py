@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapters_store.errors import ConflictError, CorruptError, NotFoundError
 from adapters_store.objects import Objects
+from adapters_store.references import NAME
 
 
 class Record(BaseModel):
@@ -48,6 +49,11 @@ def read_json(objects: Objects, key: str, model: type[Model]) -> Model:
 def encode(model: BaseModel) -> bytes:
     """The model as a JSON file that people may read."""
     return model.model_dump_json(indent=1).encode()
+
+
+def entries(objects: Objects, folder: str) -> list[str]:
+    """What lies directly in a folder, in order, whatever it is called."""
+    return sorted({key.removeprefix(folder + "/").split("/")[0] for key in objects.list(folder)})
 
 
 class Series:
@@ -96,8 +102,8 @@ class Pointers:
         return {alias: record.version for alias, record in found.items() if record}
 
     def names(self) -> list[str]:
-        """Aliases that have a folder, in order."""
-        return sorted({key.removeprefix(self.folder + "/").split("/")[0] for key in self.objects.list(self.folder)})
+        """Aliases that have a folder, in order. Folders of other names are not ours and do not count."""
+        return [entry for entry in entries(self.objects, self.folder) if NAME.match(entry)]
 
     def get(self, alias: str) -> AliasRecord | None:
         """Where the alias points; None if there is no such alias. Raises CorruptError if that cannot be read."""

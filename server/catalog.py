@@ -217,12 +217,12 @@ def _manifest(store: AdapterStore, reference: str, broken: dict[str, str]) -> Ma
 
 
 def _noted(broken: dict[str, str], what: str, otherwise: Other, read: Callable[[], Found]) -> Found | Other:
-    """What read gives; what is corrupt is noted instead, and what is deleted meanwhile is not there."""
+    """What read gives; what is corrupt or misnamed is noted instead, and what is deleted meanwhile is not there."""
     try:
         return read()
     except NotFoundError:
         return otherwise
-    except CorruptError as error:
+    except (CorruptError, InvalidNameError) as error:
         broken[what] = f"{error.code}: {error}"
         return otherwise
 

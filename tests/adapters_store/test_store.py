@@ -1,6 +1,7 @@
 """The store: versions that never change, pointers that move, bytes that are checked."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -389,6 +390,24 @@ def test_verify_names_everything_that_is_wrong_and_changes_nothing(store):
     }  # fmt: skip
     assert "is missing" in found["adapters/gone/versions/00000001.json"]
     assert files(root) == before
+
+
+def test_folders_that_no_name_could_have_are_left_alone_and_told_by_verify(store):
+    publish(store, alias="prod")
+    dropped = publish(store, seed=1)
+    store.delete("books", 2)
+    root = store.objects.root
+    copies = {"adapters/Books", "adapters/books copy", "tombstones/adapters/books copy"}
+    copies |= {"adapters/books/aliases/prod copy"}
+    for key in sorted(copies):
+        shutil.copytree(root / key.split(" ")[0].lower(), root / key)
+    shutil.copy(root / "adapters/books/versions/00000001.json", root / "adapters/books/00000009.json")
+
+    assert (store.names(), store.versions("books"), store.aliases("books")) == (["books"], [1], {"prod": 1})
+    assert {problem.key for problem in store.verify()} == copies
+    assert "move it out of the store" in store.verify()[0].message
+    assert store.gc(0) == [f"blobs/sha256/{dropped.blob[7:]}"]
+    assert_same(store.load(store.resolve("books@prod")), small_adapter())
 
 
 def test_gc_removes_what_nobody_needs_and_is_old_enough(store):

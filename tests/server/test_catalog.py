@@ -1,5 +1,6 @@
 """Snapshots of a store that others write and damage: what a task resolves to, and what is told of the rest."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,25 @@ def test_a_prod_whose_version_cannot_be_read_does_not_move_to_the_latest(store):
     assert read(store, before).manifest_of_task("books").version == 1
     assert set(read(store, before).broken) == {"books@3", "books@prod"}
     assert read(store).tasks == []
+
+
+@pytest.mark.parametrize("copy", ["adapters/Books", "adapters/books copy", "adapters/books/aliases/prod copy"])
+def test_a_folder_that_no_name_could_have_is_passed_over(store, copy):
+    root = store.objects.root
+    shutil.copytree(root / copy.split(" ")[0].lower(), root / copy)
+
+    found = read(store)
+
+    assert list(found.manifests) == found.tasks == ["books"]
+    assert found.aliases == {"books": {"prod": 1}}
+    assert found.broken == {}
+
+
+def test_a_folder_that_no_alias_could_have_is_noted_and_stops_nothing(store):
+    aliases = store.objects.root / "adapters/books/aliases"
+    shutil.copytree(aliases / "prod", aliases / "latest")
+
+    found = read(store)
+
+    assert found.manifest_of_task("books").version == 1
+    assert "'latest' is implied" in found.broken["books@latest"]
