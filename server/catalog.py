@@ -159,7 +159,8 @@ def read(store: AdapterStore, previous: Catalog, num_layers: int) -> Catalog:
             graph = previous.graph
             broken[f"graph@{seen}"] = f"{error.code}: {error}"
     broken |= {key: why for key, why in previous.broken.items() if key == f"graph@{seen}" and version != seen}
-    return Catalog(manifests, aliases, version, graph, prior, _adapter_of_task(manifests), broken, seen)
+    chosen = _adapter_of_task(manifests, aliases, broken)
+    return Catalog(manifests, aliases, version, graph, prior, chosen, broken, seen)
 
 
 def check_graph(graph: RelationGraph | None, num_layers: int) -> None:
@@ -233,12 +234,19 @@ def _newest_of_digest(digest: str, versions: Mapping[int, Manifest]) -> int:
     return max(found) if len(set(found.values())) == 1 else 0
 
 
-def _adapter_of_task(manifests: Mapping[str, Mapping[int, Manifest]]) -> dict[str, str]:
-    """Task -> adapter name: the adapter of the task's name if there is one, else the one published last."""
-    latest = [versions[max(versions)] for versions in manifests.values()]
-    by_age = sorted(latest, key=lambda m: m.created_at)
-    chosen = {manifest.task: manifest.name for manifest in by_age}
-    return chosen | {manifest.task: manifest.name for manifest in by_age if manifest.name == manifest.task}
+def _adapter_of_task(
+    manifests: Mapping[str, Mapping[int, Manifest]],
+    aliases: Mapping[str, Mapping[str, int]],
+    broken: Mapping[str, str],
+) -> dict[str, str]:
+    """Task -> adapter name. Of several, one with DEFAULT_ALIAS; of those the one of the task's name, else the newest.
+
+    Task and age of a name are those of the version that it serves, so what is uploaded and not promoted takes no task
+    from what is.
+    """
+    served = [versions[aliases[name].get(DEFAULT_ALIAS, max(versions))] for name, versions in manifests.items()]
+    ranked = sorted(served, key=lambda m: (_is_promoted(m.name, aliases, broken), m.name == m.task, m.created_at))
+    return {manifest.task: manifest.name for manifest in ranked}
 
 
 def _some(names: Iterable[str], limit: int = 20) -> str:

@@ -102,3 +102,45 @@ def test_a_folder_that_no_alias_could_have_is_noted_and_stops_nothing(store):
 
     assert found.manifest_of_task("books").version == 1
     assert "'latest' is implied" in found.broken["books@latest"]
+
+
+def test_what_is_not_promoted_takes_no_task_from_what_is(store):
+    publish(store, "rival", task="books")
+    publish(store, "books", task="music")
+
+    found = read(store)
+
+    assert found.reference_of_task("books") == "books@prod"
+    assert found.tasks == ["books"]
+    store.set_alias("rival", "prod", 1)
+    assert read(store).reference_of_task("books") == "books@prod"  # of the two, the one of the task's name
+
+
+def test_of_adapters_that_are_promoted_alike_the_newest_answers(store):
+    for name in ("one", "two"):
+        publish(store, name, task="music")
+    assert read(store).reference_of_task("music") == "two"
+
+    store.set_alias("one", "prod", 1)
+    assert read(store).reference_of_task("music") == "one@prod"
+    store.set_alias("two", "prod", 1)
+    publish(store, "one", task="music")
+
+    assert read(store).reference_of_task("music") == "two@prod"
+
+
+def test_a_promoted_adapter_goes_before_one_of_the_tasks_name_that_is_not(store):
+    publish(store, "one", task="music", alias="prod")
+    publish(store, "music")
+
+    assert read(store).reference_of_task("music") == "one@prod"
+    store.set_alias("music", "prod", 1)
+    assert read(store).reference_of_task("music") == "music@prod"
+
+
+def test_a_prod_that_cannot_be_read_keeps_its_task_from_others(store):
+    publish(store, "old", task="music", alias="prod")
+    publish(store, "new", task="music")
+    truncate(store, f"adapters/old/aliases/prod/{FIRST_MOVE}")
+
+    assert read(store).tasks == ["books"]
