@@ -20,15 +20,19 @@ router = APIRouter(tags=["graph"])
 
 @router.get("/v1/graph", summary="The relation graph as node-link JSON", response_model=said.Graph)
 async def graph(service: ServiceDep, allowed: AllowedDep, version: int | None = None) -> Response:
-    """ETag is the version; older ones with `?version=`."""
+    """The graph that serves, or an older one with `?version=`, whose ETag is its version.
+
+    Without it the ETag is the store's latest version, which an edit replaces, even where that one cannot be served.
+    """
     require_all_tasks(allowed)
-    if version is not None and version != service.catalog.graph_version:
+    current = service.catalog
+    if version is not None and version != current.graph_version:
         number, document = await service.work(lambda: service.store.graph(version))
         return reply(document, headers={"etag": f'"{number}"'})
-    if service.catalog.graph is None:
-        raise GraphNotFoundError("the store has no relation graph yet; PUT /v1/graph or run `espalier-train relate`")
-    found = service.catalog.graph
-    return reply(await service.work(found.to_json), headers={"etag": f'"{service.catalog.graph_version}"'})
+    if current.graph is None:
+        raise GraphNotFoundError("there is no relation graph to serve; PUT /v1/graph or run `espalier-train relate`")
+    number = current.graph_seen if version is None else version
+    return reply(await service.work(current.graph.to_json), headers={"etag": f'"{number}"'})
 
 
 @router.put("/v1/graph", summary="Replace the relation graph", response_model=said.GraphReplaced)
@@ -39,9 +43,9 @@ async def replace(
     allowed: AllowedDep,
     if_match: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """Checked, published as a new version, and served from the next request on. If-Match: the version you edited."""
+    """Checked, published as a new version, and served from the next request on. If-Match: the ETag you fetched."""
     require_all_tasks(allowed)
-    current = service.catalog.graph_version
+    current = service.catalog.graph_seen
     if if_match is not None and not _matches(if_match, current):
         raise PreconditionError(f"the graph is at version {current}, If-Match says {if_match}; fetch it and edit again")
     document = await service.work(lambda: _checked(body, service.backbone.encoder.num_layers))

@@ -17,7 +17,7 @@ from server import inference
 from server.schemas import InferRequest
 from tests.server.conftest import Serve
 from tests.server.tiny import TASKS, multipart, peft_files
-from tests.server.tools import held_engine, publish, running, settings_for, until_async
+from tests.server.tools import held_engine, publish, running, service_of, settings_for, until_async
 
 
 def document(nodes: Any = TASKS, edges: dict[tuple[str, str], float] | None = None, **attributes: Any) -> dict:
@@ -86,6 +86,22 @@ def test_of_two_editors_of_one_version_the_second_is_told(client: TestClient, st
     response = put(client, document(), '"1"')
 
     assert (response.status_code, response.json()["code"]) == (412, "precondition_failed")
+
+
+def test_a_broken_latest_graph_is_replaced_under_the_etag_that_was_fetched(client: TestClient) -> None:
+    service = service_of(client)
+    before = client.get("/v1/graph")
+    service.store.publish_graph(document(evidence={"books": {"films": [1.0]}}))  # one layer; the backbone has two
+    client.portal.call(service.refresh)
+
+    read = client.get("/v1/graph")
+
+    assert (read.json(), read.headers["etag"]) == (before.json(), '"2"')
+    assert client.get("/v1/graph?version=1").headers["etag"] == '"1"'
+    assert put(client, read.json(), before.headers["etag"]).status_code == 412
+    written = put(client, read.json(), read.headers["etag"])
+    assert (written.status_code, written.json()["version"]) == (200, 3), written.text
+    assert client.get("/v1/graph").headers["etag"] == '"3"'
 
 
 NAN = float("nan")
