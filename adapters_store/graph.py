@@ -17,6 +17,7 @@ from adapters_store.errors import EspalierError, InvalidGraphError, TaskNotFound
 from adapters_store.references import check_name, parse_reference
 
 MAX_MASS = 1e4  # as for weights that callers give
+TAKEN = {"self", "node_for_adding", "u_of_edge", "v_of_edge"}  # parameters of networkx, which takes notes as keywords
 
 
 class Knobs(BaseModel):
@@ -113,7 +114,10 @@ class RelationGraph:
     """A checked relation graph. Immutable: a change makes a new version."""
 
     def __init__(self, document: GraphDocument) -> None:
-        """Raises InvalidGraphError for doubled nodes, edges to nowhere, evidence or mass for unknown nodes."""
+        """Raises InvalidGraphError for doubled nodes, edges to nowhere, evidence or mass for unknown nodes.
+
+        Also for notes that networkx could not read back.
+        """
         self.attributes = document.graph
         self.knobs = document.graph.knobs
         self.nodes: dict[str, Node] = {node.id: node for node in document.nodes}
@@ -165,14 +169,15 @@ class RelationGraph:
     def _network(self, document: GraphDocument) -> "nx.DiGraph[str]":
         network: nx.DiGraph[str] = nx.DiGraph()
         for node in document.nodes:
-            network.add_node(node.id, **node.model_dump(exclude={"id"}))
+            network.add_node(node.id, **_attributes(node, f"node {node.id}", {"id"}))
         for edge in document.edges:
             for end in (edge.source, edge.target):
                 if end not in self.nodes:
                     raise InvalidGraphError(f"edge {edge.source} -> {edge.target} names {end!r}, which is no node")
             if network.has_edge(edge.source, edge.target):
                 raise InvalidGraphError(f"edge {edge.source} -> {edge.target} is given twice")
-            network.add_edge(edge.source, edge.target, **edge.model_dump(exclude={"source", "target"}))
+            what = f"edge {edge.source} -> {edge.target}"
+            network.add_edge(edge.source, edge.target, **_attributes(edge, what, {"source", "target"}))
         return network
 
     def _check_evidence(self) -> None:
@@ -187,3 +192,12 @@ class RelationGraph:
                 raise InvalidGraphError(f"mass for {task}, which is no node")
             if not masses or not all(math.isfinite(value) and 0 <= value <= MAX_MASS for value in masses):
                 raise InvalidGraphError(f"mass for {task} must be one number from 0 to {MAX_MASS:g} per layer")
+
+
+def _attributes(part: Node | Edge, what: str, ends: set[str]) -> dict[str, Any]:
+    """All but the ends, notes too, by name. Raises InvalidGraphError for a name that is networkx's own."""
+    attributes = part.model_dump(exclude=ends)
+    taken = sorted(TAKEN & attributes.keys())
+    if taken:
+        raise InvalidGraphError(f"{what} has an attribute {taken[0]!r}, which is networkx's own: call it otherwise")
+    return attributes

@@ -82,6 +82,10 @@ def simple(**attributes):
         simple(knobs={"path_threshold": 2}),
         simple(knobs={"num_paths": 0}),
         {"nodes": [{"id": "books", "role": "expert"}], "edges": []},
+        {"nodes": [{"id": "books", "self": 1}], "edges": []},
+        {"nodes": [{"id": "books", "node_for_adding": 1}], "edges": []},
+        simple() | {"edges": [{"source": "books", "target": "books", "weight": 1, "u_of_edge": 1}]},
+        simple() | {"edges": [{"source": "books", "target": "books", "weight": 1, "v_of_edge": 1}]},
     ],
 )
 def test_what_makes_no_sense_is_refused(document):

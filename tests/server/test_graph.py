@@ -134,6 +134,9 @@ INVALID = {
     "no_utf8": document() | {"nodes": [{"id": "books", "note": "\ud800"}]},
     "no_utf8_in_the_provenance": document(provenance={"x": "\ud800"}),
     "deep": document() | {"nodes": [{"id": "books", "note": json.loads("[" * 400 + "]" * 400)}]},
+    "networkx_word_in_a_node": document() | {"nodes": [{"id": "books", "node_for_adding": 1}]},
+    "networkx_word_in_an_edge": document()
+    | {"edges": [{"source": "books", "target": "films", "weight": 1, "u_of_edge": 1}]},
     "evidence_huge": document(evidence={"books": {"films": [1e300, 0.0]}}),
 }
 
