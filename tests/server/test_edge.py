@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from tests.server.tools import address, live, settings_for
+from tests.server.tools import address, live, read_all, settings_for
 
 
 @pytest.mark.parametrize("hostile", ["a b", "x" * 129, "é", "a\tb", "<script>", "../../etc", "", "a;b", "{}"])
@@ -54,6 +54,44 @@ def test_headers_without_end_are_cut_off(backbone: Path, store_root: Path) -> No
             answer = connection.recv(100)
 
     assert b"HTTP/1.1 200" not in answer
+
+
+def _pour(connection: socket.socket, piece: bytes) -> None:
+    """The piece again and again, 16 MB in all: more than the sockets on the way can hold."""
+    for _ in range(2**24 // len(piece)):
+        connection.sendall(piece)
+
+
+@pytest.mark.parametrize(
+    ("path", "piece"),
+    [("/v1/infer", b"a:" + b"b" * 996 + b"\r\n"), ("/v1/nonsense", b"b" * 1000)],
+    ids=["many, request unanswered", "one, request answered"],
+)
+def test_trailers_without_end_are_cut_off(backbone: Path, store_root: Path, path: str, piece: bytes) -> None:
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+    settings = settings_for(backbone, store_root, preload=False)
+    with live(settings) as (url, _), socket.create_connection(address(url), timeout=60) as connection:
+        connection.sendall(head.encode() + b"0\r\n")
+        if path == "/v1/nonsense":
+            assert connection.recv(100).startswith(b"HTTP/1.1 404")
+            connection.sendall(b"a:")
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            _pour(connection, piece)
+
+
+def test_trailers_are_dropped_and_a_long_body_of_small_chunks_is_read(backbone: Path, store_root: Path) -> None:
+    body = json.dumps({"inputs": [{"task": "books", "text": "good " * 20_000}]}).encode()
+    chunks = b"".join(b"1\r\n" + body[i : i + 1] + b"\r\n" for i in range(len(body)))
+    head = b"POST /v1/infer HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+    settings = settings_for(backbone, store_root, preload=False)
+    with live(settings) as (url, _), socket.create_connection(address(url), timeout=60) as connection:
+        connection.sendall(
+            head + chunks + b"0\r\nx-request-id: late\r\n\r\nGET /health HTTP/1.1\r\nconnection: close\r\n\r\n"
+        )
+        answers = read_all(connection)
+
+    assert answers.count(b"HTTP/1.1 200") == 2
+    assert b"late" not in answers
 
 
 def test_an_unforeseen_error_is_a_500_with_the_id_and_its_trace_in_the_log_without_the_text(
