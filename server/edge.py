@@ -15,14 +15,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters_store.errors import EspalierError
 from server import logs
-from server.errors import HeadersTooLargeError, ServerError, UnforeseenError, openai_error, problem, status_of
+from server.errors import (
+    ForbiddenError,
+    HeadersTooLargeError,
+    ServerError,
+    UnforeseenError,
+    openai_error,
+    problem,
+    status_of,
+)
 from server.metrics import Metrics
-from server.security import Keys
+from server.security import ANYONE, Keys
 from server.security import Scope as KeyScope
 
 log = logging.getLogger("espalier.request")
 PUBLIC = frozenset({"/", "/health", "/ready", "/docs", "/openapi.json"})
 MAX_HEADER_BYTES = 64 * 2**10  # request line and headers together
+_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})  # methods that change nothing
 _QUIET = frozenset({"/health", "/ready", "/metrics"})
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}\Z")
 _INFERRING = frozenset({"/v1/infer", "/v1/explain", "/v1/embeddings", "/v1/completions", "/v1/chat/completions"})
@@ -36,7 +45,7 @@ def is_openai(path: str) -> bool:
 
 def needed_scope(method: str, path: str) -> KeyScope:
     """Scope a call needs: reading, inferring and explaining are `infer`, whatever changes the server is `admin`."""
-    if method in ("GET", "HEAD", "OPTIONS") or path in _INFERRING:
+    if method in _SAFE or path in _INFERRING:
         return "infer"
     return "admin"
 
@@ -83,12 +92,13 @@ class Edge:
         if len(scope["query_string"]) + sum(len(n) + len(v) for n, v in scope["headers"]) > MAX_HEADER_BYTES:
             raise HeadersTooLargeError(f"query and headers exceed {MAX_HEADER_BYTES} bytes")
         is_public = path in PUBLIC or path.startswith("/console/")
-        header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         try:
-            state["key"] = self._keys.check(header.decode("latin-1"), needed_scope(scope["method"], path))
+            state["key"] = self._keys.check(_header(scope, b"authorization") or "", needed_scope(scope["method"], path))
         except ServerError:
             if not is_public:  # there, a key only lets one see more
                 raise
+        if state.get("key") is ANYONE:
+            _refuse_foreign(scope)
 
     def _note(self, scope: Scope, status: int, seconds: float) -> None:
         endpoint = _route(scope)
@@ -107,6 +117,28 @@ class Edge:
 def _route(scope: Scope) -> str:
     """The route's template, so that names in paths make no new labels and no log entries."""
     return str(getattr(scope.get("route"), "path", "unknown"))
+
+
+def _header(scope: Scope, name: bytes) -> str | None:
+    """The first header of this name, in lower case; None if there is none."""
+    return next((value.decode("latin-1") for found, value in scope["headers"] if found == name), None)
+
+
+def _refuse_foreign(scope: Scope) -> None:
+    """Refuse what a page of another site sends through its reader's browser. Raises ForbiddenError.
+
+    Browsers send a form or an upload anywhere without asking, and what they say here no page can forge. Programs say
+    nothing of the kind.
+    """
+    site, origin = _header(scope, b"sec-fetch-site"), _header(scope, b"origin")
+    host = _header(scope, b"host")
+    foreign = site not in ("same-origin", "none") if site else origin and origin.partition("://")[2] != host
+    if foreign and scope["method"] not in _SAFE:
+        raise ForbiddenError(
+            f"a web page of another origin ({origin or site}) sent this, and without API keys this server takes "
+            f"{scope['method']} only from its own pages and from programs: use the page at its own address, {host}, "
+            "or start it with --api-keys FILE"
+        )
 
 
 def _request_id(scope: Scope) -> str:

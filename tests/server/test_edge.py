@@ -1,4 +1,4 @@
-"""The outermost layer: request ids, sizes of bodies and headers, and what nobody foresaw."""
+"""The outermost layer: request ids, sizes of bodies and headers, other sites' pages, and what nobody foresaw."""
 
 import contextlib
 import json
@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from tests.server.conftest import Serve
+from tests.server.test_security import make_key
+from tests.server.tiny import multipart, peft_files
 from tests.server.tools import address, live, read_all, settings_for
 
 
@@ -92,6 +95,49 @@ def test_trailers_are_dropped_and_a_long_body_of_small_chunks_is_read(backbone: 
 
     assert answers.count(b"HTTP/1.1 200") == 2
     assert b"late" not in answers
+
+
+OWN = {"origin": "http://testserver"}
+FOREIGN = [
+    {"origin": "https://evil.example", "sec-fetch-site": "cross-site"},
+    {"origin": "http://testserver:81", "sec-fetch-site": "same-site"},
+    {"origin": "https://evil.example"},
+    {"origin": "http://testserver:81"},
+    {"origin": "null"},
+]
+
+
+@pytest.mark.parametrize("headers", FOREIGN, ids=str)
+def test_a_page_of_another_site_changes_and_asks_nothing_without_keys(client: TestClient, headers: dict) -> None:
+    files = multipart(peft_files(7))
+    published = client.post("/v1/adapters", data={"name": "new", "task": "new"}, files=files, headers=headers)
+    asked = client.post("/v1/embeddings", json={"model": "books", "input": "good"}, headers=headers)
+    deleted = client.delete("/v1/adapters/books/versions/1", headers=headers)
+
+    assert [one.status_code for one in (published, asked, deleted)] == [403, 403, 403]
+    assert published.json()["code"] == asked.json()["error"]["code"] == "forbidden"
+    assert "--api-keys" in published.json()["detail"]
+    assert client.get("/v1/adapters/new").status_code == 404
+    assert client.get("/v1/adapters/books", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers", [{}, OWN, OWN | {"sec-fetch-site": "same-origin"}, {"sec-fetch-site": "none"}], ids=str
+)
+def test_own_pages_and_programs_need_no_keys(client: TestClient, headers: dict) -> None:
+    files = multipart(peft_files(7))
+    published = client.post("/v1/adapters", data={"name": "new", "task": "new"}, files=files, headers=headers)
+
+    assert published.status_code == 201, published.text
+
+
+def test_a_page_of_another_site_that_has_a_key_may_ask(serve: Serve, tmp_path: Path) -> None:
+    key = make_key(tmp_path / "keys.json", "web")
+    client = serve(api_keys=tmp_path / "keys.json")
+
+    body = {"inputs": [{"task": "books", "text": "good"}]}
+
+    assert client.post("/v1/infer", json=body, headers=FOREIGN[0] | key).status_code == 200
 
 
 def test_an_unforeseen_error_is_a_500_with_the_id_and_its_trace_in_the_log_without_the_text(
