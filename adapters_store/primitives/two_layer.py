@@ -6,6 +6,9 @@ Two forms, both exact for any ranks, because ranks concatenate even through an e
 - fold: one (A, B) per mix, weights folded into B, tokens grouped by mix, two batched products. Cost follows
   tokens x (ranks of their own mix): best for many.
 Both differentiate; training runs through them. `cost.py` says which is cheaper for a batch.
+
+A token sees its own mix's adapters alone, forwards and backwards, also where another adapter's numbers overflow on it:
+what is not its own is taken out before f, because zero times infinity is NaN behind it and in f's derivative.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,42 +41,67 @@ class Pair:
 
 def dense(x: Tensor, pairs: Sequence[Pair], selection: Selection, layer: int, f: Activation | None) -> Tensor:
     """The delta of the selected tokens. x: (n, d_in), only those tokens; returns (n, d_out) in x's dtype."""
-    ranks = torch.tensor([pair.rank for pair in pairs], device=x.device)
-    weights = selection.weights(layer)  # (m, slots) float32
+    weights, of_rank = selection.weights(layer), _slot_of_rank(pairs, selection)  # (m, slots) float32, (R,)
     A = torch.cat([pair.A for pair in pairs]).to(x.dtype)  # (R, d_in)
     B = torch.cat([pair.B for pair in pairs], dim=1).to(x.dtype)  # (d_out, R)
-    hidden = _activate(x @ A.mT, _cat_bias(pairs), f)  # (n, R)
-    mask = weights.repeat_interleave(ranks, dim=1).to(x.dtype)  # (m, R)
+    idle = _idle(weights, selection)
+    if idle is not None:
+        idle = _by_token(idle.index_select(1, of_rank), selection)  # (n, R)
+    hidden = _activate(x @ A.mT, _cat_bias(pairs), f, idle)  # (n, R)
+    mask = weights.index_select(1, of_rank).to(x.dtype)  # (m, R)
     delta = (hidden * _by_token(mask, selection)) @ B.mT  # (n, d_out)
     return _add_bias(delta, pairs, weights, selection)
+
+
+def _slot_of_rank(pairs: Sequence[Pair], selection: Selection) -> Tensor:
+    """(R,) Which of the pairs each rank belongs to; made once per batch."""
+    ranks = tuple(pair.rank for pair in pairs)
+    found: Tensor | None = selection.batch.memo.get(("slot_of_rank", ranks))
+    if found is None:
+        found = torch.repeat_interleave(torch.tensor(ranks)).to(selection.batch.device)
+        selection.batch.memo["slot_of_rank", ranks] = found
+    return found
 
 
 def fold(x: Tensor, pairs: Sequence[Pair], selection: Selection, layer: int, f: Activation | None) -> Tensor:
     """The same as dense, by one folded pair per mix."""
     weights = selection.weights(layer)
     used = acting(weights, selection)
-    A = _stack([torch.cat([pairs[i].A for i in row]) for row in used]).to(x.dtype)  # (m, R, d_in)
-    scaled = [torch.cat([pairs[i].B.mT * weights[m, i] for i in row]) for m, row in enumerate(used)]
+    no_A, no_B = x.new_zeros(0, x.shape[1]), x.new_zeros(0, pairs[0].B.shape[0])  # of a mix that uses none
+    A = _stack([torch.cat([no_A, *(pairs[i].A for i in row)]) for row in used]).to(x.dtype)  # (m, R, d_in)
+    scaled = [torch.cat([no_B, *(pairs[i].B.mT * weights[m, i] for i in row)]) for m, row in enumerate(used)]
     B = _stack(scaled).to(x.dtype)  # (m, R, d_out)
     a = _cat_bias(pairs)
     bias = None if a is None else _stack([_pieces(a, pairs, row) for row in used])[:, None]  # (m, 1, R)
     if len(used) == 1:
         delta = _activate(x @ A[0].mT, None if bias is None else bias[0], f) @ B[0]
     else:
-        index, place = selection.groups
-        hidden = _activate(torch.bmm(x[index], A.mT), bias, f)  # (m, longest, R)
+        index, place = selection.groups  # the padding stays zero: it must not be a token of another mix
+        grouped = x.new_zeros(index.numel(), x.shape[1]).index_copy_(0, place, x).view(*index.shape, -1)
+        hidden = _activate(torch.bmm(grouped, A.mT), bias, f)  # (m, longest, R)
         delta = torch.bmm(hidden, B).flatten(0, 1)[place]  # (n, d_out)
     return _add_bias(delta, pairs, weights, selection)
 
 
 def acting(weights: Tensor, selection: Selection) -> list[list[int]]:
-    """For each mix the adapters to fold: those with any weight at this layer, at least one to keep shapes regular.
+    """For each mix the adapters that it uses: those with any weight at this layer.
 
     If the weights are learned, all of its own: gradients flow into zeros too.
     """
     if weights.requires_grad:
         return selection.members
-    return [row.nonzero().flatten().tolist() or [0] for row in weights.cpu()]
+    return [row.nonzero().flatten().tolist() for row in weights.cpu()]
+
+
+def _idle(weights: Tensor, selection: Selection) -> Tensor | None:
+    """(m, slots) bool: what `acting` leaves out; None for nothing, where asking for that does not wait for a GPU."""
+    if weights.requires_grad:
+        idle = torch.ones(weights.shape, dtype=torch.bool)
+        for own, members in zip(idle, selection.members, strict=True):
+            own[members] = False
+    else:
+        idle = weights == 0
+    return None if idle.device.type == "cpu" and not idle.any() else idle.to(weights.device)
 
 
 def _stack(pieces: list[Tensor]) -> Tensor:
@@ -85,12 +113,15 @@ def _stack(pieces: list[Tensor]) -> Tensor:
 def _pieces(bias: Tensor, pairs: Sequence[Pair], row: Sequence[int]) -> Tensor:
     """The parts of all adapters' concatenated bias that belong to these."""
     parts = torch.split(bias, [pair.rank for pair in pairs])
-    return torch.cat([parts[i] for i in row])
+    return torch.cat([bias[:0], *(parts[i] for i in row)])
 
 
-def _activate(hidden: Tensor, bias: Tensor | None, f: Activation | None) -> Tensor:
+def _activate(hidden: Tensor, bias: Tensor | None, f: Activation | None, idle: Tensor | None = None) -> Tensor:
+    """f(hidden + bias), with zeros for hidden + bias at idle places. hidden may be changed in place."""
     if bias is not None:
         hidden = hidden + bias.to(hidden.dtype)
+    if idle is not None:
+        hidden.masked_fill_(idle, 0)
     return hidden if f is None else f(hidden)
 
 
@@ -109,4 +140,4 @@ def _add_bias(delta: Tensor, pairs: Sequence[Pair], weights: Tensor, selection: 
 
 def _by_token(table: Tensor, selection: Selection) -> Tensor:
     """(n, …) or, for a single mix, (1, …): the row of each token's mix."""
-    return table if len(selection.mixes) == 1 else table[selection.local_mix]
+    return table if len(selection.mixes) == 1 else table.index_select(0, selection.local_mix)

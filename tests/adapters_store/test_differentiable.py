@@ -1,16 +1,18 @@
-"""Low-rank deltas with gradients as one node, against plain torch: values and gradients."""
+"""Deltas with gradients: low rank as one node against plain torch, and what overflows at a neighbour."""
 
 from collections.abc import Sequence
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from adapters_store.mixing import Mix, MixedBatch, Selection
 from adapters_store.primitives import differentiable, two_layer
 from adapters_store.primitives.base import add_at, pick
-from adapters_store.primitives.two_layer import Pair
+from adapters_store.primitives.two_layer import Activation, Pair
 
 D_IN, D_OUT = 7, 5
 
@@ -65,3 +67,32 @@ def test_a_node_is_plain_torch(lengths: list[int], ranks: list[int], learned: bo
     expected = _gradients("plain", lengths, ranks, learned=learned, seed=seed)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)  # weights are float32
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize(
+    ("form", "f"), [("by_mix", None), ("dense", None), ("dense", F.gelu), ("fold", None), ("fold", F.gelu)]
+)
+def test_what_overflows_on_a_neighbours_tokens_leaves_gradients_alone(
+    form: str, f: Activation | None, learned: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = 1e20, 1e-20  # each adapter fits its own row; the second one overflows on the first row
+    rows = [size * torch.rand(n, D_IN, generator=generator) for size, n in zip(sizes, (5, 2), strict=True)]
+    x, w = torch.cat(rows), torch.full((2, 1), 0.5)
+    A = [torch.rand(3, D_IN, generator=generator) / size for size in sizes]
+    B = [torch.rand(D_OUT, 3, generator=generator) for _ in sizes]
+    leaves = [leaf.requires_grad_() for leaf in (x, *A, *B, *([w] if learned else []))]
+    mixes = [Mix((slot,), w[slot : slot + 1] if learned else w[slot : slot + 1].numpy()) for slot in range(2)]
+    selection = MixedBatch.of([(5, mixes[0]), (2, mixes[1])], 1).select((0, 1))
+
+    pairs = list(map(Pair, A, B))
+    if form == "by_mix":
+        found = _run(form, torch.zeros(7, D_OUT), x, pairs, selection)
+    else:
+        found = getattr(two_layer, form)(x, pairs, selection, 0, f)
+
+    hidden = [x[:5] @ A[0].mT, x[5:] @ A[1].mT]
+    expected = torch.cat([w[slot] * ((f or torch.clone)(hidden[slot]) @ B[slot].mT) for slot in range(2)])
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(total.square().sum(), leaves) for total in (found, expected)))

@@ -197,6 +197,51 @@ def test_a_row_has_the_same_bits_whatever_its_neighbours_in_the_kernel(dtype: to
     assert_same_bits(among(17, 9), alone)
 
 
+def _with_first_layer(entry: Entry, value: float) -> Entry:
+    """The entry with all of A, or of down, at this value."""
+    first = "A" if entry.primitive == "lowrank" else "down"
+    filled = torch.full_like(entry.tensors[first], value)
+    return Entry(entry.site, entry.primitive, {**entry.tensors, first: filled}, entry.options)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("maker", [strategies.lowrank, strategies.bottleneck])
+def test_a_row_ignores_neighbours_adapters_that_overflow_on_it(
+    maker: Callable[..., Entry], form: str, dtype: torch.dtype
+) -> None:
+    one, generator = OneSite.of(_linear(6, 5), dtype), torch.Generator().manual_seed(1)
+    one.sites.put(0, [maker(one.place, generator)])
+    bad = maker(one.place, generator)
+    idle = Mix((0,), np.array([[1, 0, 1]], np.float32))  # does nothing at this site's layer
+    rows = [(3, Mix.one_hot(0, 3)), (4, Mix.one_hot(1, 3)), (2, idle)]
+    x = (8 + strategies.randn(generator, 9, 6)).to(dtype)
+    found = {}
+
+    with cost.forced(form):
+        for value in (0.01, torch.finfo(dtype).max / 2):
+            one.sites.put(1, [_with_first_layer(bad, value)])
+            found[value] = _run(one, x, rows)
+
+    calm, overflowing = found.values()
+    assert not overflowing[3:7].isfinite().all()
+    assert_same_bits(overflowing[:3], calm[:3])
+    assert torch.equal(overflowing[7:], _run(one, x[7:], [(2, None)]))
+
+
+def test_a_mix_without_weight_at_a_layer_does_not_run_the_first_adapter_instead() -> None:
+    one, generator = OneSite.of(_linear(6, 5)), torch.Generator().manual_seed(1)
+    one.sites.put(0, [_with_first_layer(strategies.lowrank(one.place, generator), 3e38)])
+    one.sites.put(1, [strategies.lowrank(one.place, generator)])
+    rows = [(4, Mix.one_hot(0, 3)), (2, Mix((1,), np.array([[1, 0, 1]], np.float32)))]
+    x = 8 + strategies.randn(generator, 6, 6)
+
+    with cost.forced("fold"):
+        found = _run(one, x, rows)
+
+    assert torch.equal(found[4:], _run(one, x[4:], [(2, None)]))
+
+
 def test_a_slot_without_an_adapter_here_adds_nothing() -> None:
     one, generator = OneSite.of(_linear(6, 5)), torch.Generator().manual_seed(1)
     one.sites.put(0, [strategies.lowrank(one.place, generator)])
