@@ -41,7 +41,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def check(place: Place, entry: Entry) -> None:
-    """Raises KeysError or ShapeError if the entry does not fit the place."""
+    """Raises KeysError, ShapeError or NotFiniteError if the entry does not fit the place."""
     check_names(entry, {"down", "up"}, {"down_bias", "up_bias"}, {"activation", "input", "scale"})
     if entry.options.get("activation", "relu") not in ACTIVATIONS:
         raise ShapeError(f"bottleneck at {entry.site}: activation must be one of {sorted(ACTIVATIONS)}")
@@ -53,6 +53,7 @@ def check(place: Place, entry: Entry) -> None:
     for name, width in (("down_bias", rank), ("up_bias", place.d_out)):
         if name in entry.tensors:
             check_shape(entry, name, (width,))
+    two_layer.check_fits(place, entry, [name for name in ("up", "up_bias") if name in entry.tensors])
 
 
 def delta(place: Place, entry: Entry, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001  # one signature for all

@@ -34,11 +34,12 @@ from adapters_store.primitives.two_layer import Pair
 
 
 def check(place: Place, entry: Entry) -> None:
-    """Raises KeysError or ShapeError if the entry does not fit the place."""
+    """Raises KeysError, ShapeError or NotFiniteError if the entry does not fit the place."""
     check_names(entry, {"A", "B"}, set(), {"scale"})
     rank = rank_of(entry, "A")
     check_shape(entry, "A", (rank, place.d_in))
     check_shape(entry, "B", (place.d_out, rank))
+    two_layer.check_fits(place, entry, ["B"])
 
 
 def delta(place: Place, entry: Entry, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001  # one signature for all

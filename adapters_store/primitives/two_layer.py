@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from adapters_store.errors import NotFiniteError
 from adapters_store.mixing import Selection
-from adapters_store.primitives.base import wide
+from adapters_store.primitives.base import Entry, Place, wide
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -37,6 +38,20 @@ class Pair:
     def rank(self) -> int:
         """Rank r."""
         return self.A.shape[0]
+
+
+def check_fits(place: Place, entry: Entry, names: Sequence[str]) -> None:
+    """Refuse a B or b that is infinite in the backbone's dtype with the scale in it. Raises NotFiniteError.
+
+    In a product that other adapters' tokens share, its zero weight would make NaN of it.
+    """
+    scale, dtype = float(entry.options.get("scale", 1.0)), next(place.module.parameters()).dtype
+    for name in names:
+        if (wide(entry.tensors[name]) * scale).to(dtype).isinf().any():
+            raise NotFiniteError(
+                f"{entry.primitive}.{name} at {entry.site} times scale {scale} must fit {dtype}, and some numbers "
+                "are larger; serve it in a wider dtype, or train it to smaller numbers"
+            )
 
 
 def dense(x: Tensor, pairs: Sequence[Pair], selection: Selection, layer: int, f: Activation | None) -> Tensor:

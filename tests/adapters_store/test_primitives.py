@@ -12,7 +12,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from adapters_store.errors import KeysError, ShapeError, UnsupportedError
+from adapters_store.errors import KeysError, NotFiniteError, ShapeError, UnsupportedError
 from adapters_store.mixing import Mix, MixedBatch
 from adapters_store.primitives import PRIMITIVES, Entry, cost, native, primitive
 from adapters_store.primitives.lowrank import LowRankBank
@@ -339,6 +339,22 @@ def test_entries_that_do_not_fit_are_refused(entry: Entry, error: type[Exception
 
     with pytest.raises(error):
         one.sites.check([entry])
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors"),
+    [
+        ("lowrank", {"A": _A, "B": 600 * _B}),
+        ("bottleneck", {"down": _A, "up": 600 * _B}),
+        ("bottleneck", {"down": _A, "up": _B, "up_bias": 600 * _v}),
+    ],
+)
+def test_a_second_layer_that_the_dtype_cannot_hold_is_refused(name: str, tensors: dict[str, Tensor]) -> None:
+    entry = _bad(name, tensors, scale=128.0)  # 76800; float16 ends at 65504
+
+    OneSite.of(_linear(6, 5), torch.bfloat16).sites.check([entry])
+    with pytest.raises(NotFiniteError, match=r"torch\.float16"):
+        OneSite.of(_linear(6, 5), torch.float16).sites.check([entry])
 
 
 def test_two_entries_of_one_primitive_at_one_site_are_refused() -> None:
