@@ -57,7 +57,9 @@ class HeadSpec(_Strict):
     pooling: Literal["mean", "cls", "last", "pooler"] = "mean"
     hidden_activation: Literal["tanh", "relu", "gelu"] | None = None
     scale: float = Field(1.0, description="cosine: factor on the similarity")
-    max_length: int | None = Field(None, ge=1, description="tokens the task was trained on; longer texts are cut there")
+    max_length: int | None = Field(
+        None, ge=1, description="tokens the task was trained on, special ones included; longer texts are cut there"
+    )
     tensors: dict[str, str]
 
 

@@ -24,7 +24,7 @@ from adapters_store import backbones
 from adapters_store.encoder import Encoder
 from adapters_store.errors import UnsupportedError
 from adapters_store.language import LanguageModel
-from adapters_store.manifest import Backbone
+from adapters_store.manifest import Backbone, HeadSpec
 from adapters_store.packing import PACKED, no_mask, packed_attention
 
 
@@ -40,14 +40,25 @@ class Served:
     tokenizer: Any  # for the event loop's thread only: a call sets its limits on the object
     default_pooling: str
     bulk: "BulkTokenizer" = field(init=False)
+    num_special_tokens: int = field(init=False)  # that the tokenizer adds to a text
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bulk", BulkTokenizer(copy.deepcopy(self.tokenizer), threading.Lock()))
+        object.__setattr__(self, "num_special_tokens", int(self.tokenizer.num_special_tokens_to_add()))
 
     @property
     def max_length(self) -> int:
         """Longest row in tokens that both the model and its tokenizer allow."""
         return min(self.encoder.max_length, int(self.tokenizer.model_max_length))
+
+    def check_head(self, head: HeadSpec) -> None:
+        """Refuse a head whose texts would be cut to special tokens alone. Raises UnsupportedError."""
+        if head.max_length is not None and head.max_length <= self.num_special_tokens:
+            least = self.num_special_tokens + 1
+            raise UnsupportedError(
+                f"the head's max_length is {head.max_length}, of which this backbone's tokenizer takes "
+                f"{self.num_special_tokens} for special tokens; give at least {least}, or leave it out"
+            )
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -83,7 +94,8 @@ def _tokenize(tokenizer: Any, texts: Sequence[str], limits: Sequence[int]) -> li
         chosen = [i for i, mine in enumerate(limits) if mine == limit]
         ids = tokenizer([texts[i] for i in chosen], truncation=True, max_length=limit)["input_ids"]
         for i, row in zip(chosen, ids, strict=True):
-            rows[i] = row or [tokenizer.pad_token_id or 0]  # an empty text of a tokenizer that adds nothing
+            # a tokenizer does not cut at all where its own tokens leave no room for the text
+            rows[i] = row[:limit] or [tokenizer.pad_token_id or 0]  # an empty text of a tokenizer that adds nothing
     return rows
 
 

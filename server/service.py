@@ -132,6 +132,8 @@ class Service:
         adapters.check(loaded, sites, max_rank=self.settings.max_rank, allow_zero=self.settings.allow_zero)
         if loaded.head and loaded.head.spec.pooling == "pooler" and self.backbone.encoder.pooler is None:
             raise UnsupportedError("the head pools with 'pooler', which this backbone lacks; it has mean, cls, last")
+        if loaded.head:
+            self.backbone.check_head(loaded.head.spec)
 
     def check_backbone(self, manifest: Manifest) -> None:
         """Refuse a version trained on another backbone. Raises BackboneMismatchError."""

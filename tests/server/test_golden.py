@@ -17,6 +17,7 @@ from adapters_store.backbones import fingerprint
 from adapters_store.errors import CorruptError
 from adapters_store.manifest import GoldenExample, Manifest
 from adapters_store.mixing import Mix
+from adapters_store.primitives.head import Head
 from adapters_store.store import AdapterStore
 from server import golden
 from server.app import make_app
@@ -314,6 +315,35 @@ def test_a_head_that_wants_a_pooler_of_a_backbone_without_one_is_refused(serve: 
     response = upload(client, files)
 
     assert (response.status_code, response.json()["code"]) == (422, "unsupported"), response.text
+
+
+def test_a_head_that_leaves_no_room_for_text_is_refused_at_upload_and_at_load(
+    serve: Serve, store_root: Path, backbone: Path
+) -> None:
+    own = head(9)
+    short = Adapter(lora(9), Head(own.spec.model_copy(update={"max_length": 1}), own.tensors))
+    mine = fingerprint(backbone, "float32")
+    AdapterStore(store_root).publish(short, name="short", task="short", kind="lora", backbone=mine)
+    client = serve()
+
+    responses = [ask(client, "short")]
+    for max_length in (1, 2, 3):
+        facts = {"labels": ["no", "yes"], "max_length": max_length}
+        responses.append(upload(client, peft_files(7) | {"head.json": json.dumps(facts).encode()}))
+
+    assert [one.status_code for one in responses] == [422, 422, 422, 201]
+    for refused in responses[:3]:
+        assert refused.json()["code"] == "unsupported"
+        assert "give at least 3" in refused.json()["detail"]
+    assert ask(client, "books").status_code == 200
+
+
+def test_no_row_is_longer_than_its_limit_whatever_that_is(client: TestClient) -> None:
+    served = service_of(client).backbone
+    limits = [1, 2, 3, None]
+
+    for tokenize in (served.tokenize, served.tokenize_many):
+        assert [len(row) for row in tokenize(["good " * 3000] * 4, limits)] == [1, 2, 3, 64]
 
 
 def test_the_probe_leaves_nothing_on_the_device(backbone: Path, store_root: Path) -> None:
