@@ -51,6 +51,12 @@ class Served:
         """Longest row in tokens that both the model and its tokenizer allow."""
         return min(self.encoder.max_length, int(self.tokenizer.model_max_length))
 
+    @property
+    def num_embeddings(self) -> int:
+        """Token ids that the model can read, from 0 on; its tokenizer may know fewer, or more."""
+        model: Any = self.encoder.model
+        return int(model.get_input_embeddings().weight.shape[0])
+
     def check_head(self, head: HeadSpec) -> None:
         """Refuse a head whose texts would be cut to special tokens alone. Raises UnsupportedError."""
         if head.max_length is not None and head.max_length <= self.num_special_tokens:

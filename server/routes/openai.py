@@ -88,11 +88,11 @@ def _inputs(
 
 def _checked_ids(service: Service, ids: Sequence[int]) -> list[int]:
     """Token ids that the backbone can take. Raises BadInputError."""
-    vocabulary = len(service.backbone.tokenizer)
+    readable = service.backbone.num_embeddings
     if not ids or len(ids) > service.backbone.max_length:
         raise BadInputError(f"token ids: 1 to {service.backbone.max_length} per input, not {len(ids)}")
-    if not all(0 <= token < vocabulary for token in ids):
-        raise BadInputError(f"token ids must be between 0 and {vocabulary - 1}")
+    if not all(0 <= token < readable for token in ids):
+        raise BadInputError(f"token ids must be between 0 and {readable - 1}")
     return list(ids)
 
 

@@ -77,6 +77,18 @@ def test_token_ids_embed_as_their_text(client: TestClient) -> None:
     assert np.allclose(vectors(client, input=ids[0]), vectors(client, input=texts[0]), atol=1e-6)
 
 
+def test_token_ids_are_those_that_the_model_reads_not_those_that_its_tokenizer_knows(client: TestClient) -> None:
+    backbone = service_of(client).backbone
+    known = len(backbone.tokenizer)
+    backbone.tokenizer.add_tokens([f"beyond{i}" for i in range(2 * backbone.num_embeddings)])
+
+    assert known < backbone.num_embeddings == 94
+    assert embed(client, input=[93]).status_code == 200
+    refused = embed(client, input=[94])
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "invalid_input")
+    assert "between 0 and 93" in refused.json()["error"]["message"]
+
+
 def test_models_embed_differently_and_extras_say_how(client: TestClient) -> None:
     bare = vectors(client, model=client.get("/v1/models").json()["data"][0]["id"])
     alone = vectors(client, model="books@1")
