@@ -58,7 +58,7 @@ class UnauthorizedError(ServerError):
 
 
 class ForbiddenError(ServerError):
-    """The key may not do this."""
+    """The key, or without keys the page it comes from, may not do this."""
 
     code = "forbidden"
 
