@@ -17,6 +17,8 @@ from adapters_store.mixing import Mix
 from adapters_store.packing import packed
 from adapters_store.places import in_eval
 
+MAX_LOGITS = 1 << 24  # 64 MiB in float32: with a vocabulary of 128,000 the logits of 131 tokens at a time
+
 
 class LanguageModel:
     """A frozen causal model, ready to run mixed batches. Not thread-safe: one batch at a time."""
@@ -46,18 +48,26 @@ class LanguageModel:
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
 
     def logprobs(
-        self, rows: Rows, mixes: Sequence[Mix | None], starts: Sequence[int], *, reference: bool = False
-    ) -> list[Tensor]:
+        self, rows: Rows, mixes: Sequence[Mix | None], starts: Sequence[int], *, reference: bool = False,
+        max_logits: int = MAX_LOGITS,
+    ) -> list[Tensor]:  # fmt: skip
         """Log-probability of each row's own tokens from position starts[i] >= 1 on, in one forward.
 
-        Returns (length - start,) float32 per row, natural logarithm.
+        max_logits: numbers that exist at once. Returns (length - start,) float32 per row, natural logarithm.
         """
         states = self.encoder.states(rows, mixes, reference=reference)
         predicting = [state[start - 1 : -1] for state, start in zip(states, starts, strict=True)]
         wanted = [token for row, start in zip(rows, starts, strict=True) for token in row[start:]]
-        shares = torch.log_softmax(self.logits(torch.cat(predicting)), dim=-1)
-        chosen = shares.gather(1, torch.tensor(wanted, device=shares.device)[:, None])[:, 0]
+        hidden, targets = torch.cat(predicting), torch.tensor(wanted, device=self.encoder.device)
+        size = max(1, max_logits // self.vocab_size)
+        pieces = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
+        chosen = torch.cat([self._logprobs_of(states, tokens) for states, tokens in pieces])
         return list(torch.split(chosen, [len(state) for state in predicting]))
+
+    def _logprobs_of(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Of tokens (n,) behind hidden states (n, hidden_size)."""
+        shares = torch.log_softmax(self.logits(hidden), dim=-1)  # (n, vocab_size)
+        return shares.gather(1, tokens[:, None])[:, 0]
 
     @torch.no_grad()
     def _check(self, causal: Any) -> None:

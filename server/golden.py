@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from adapters_store.adapter import Adapter
 from adapters_store.completions import joined_ids
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 # Largest difference allowed, relative to the largest logit; lower precision rounds at every layer.
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1, "float16": 0.03}
 MAX_EXAMPLES = 64  # of one version; they run before its first answer
-MAX_LOGITS = 1 << 24  # 64 MiB in float32: with a vocabulary of 128,000 the logits of 131 tokens at a time
 Forward = Callable[[Sequence["Probe"]], list[list[float]]]
 
 
@@ -141,25 +138,8 @@ def _forward_alone(
 
 def _logprobs(language: LanguageModel, probes: Sequence[Probe], mix: Mix | None) -> list[list[float]]:
     """Log-probabilities of the completions' tokens and of the end of text."""
-    states = language.encoder.states([probe.ids for probe in probes], [mix] * len(probes))  # (length, hidden_size) each
-    return [
-        logprobs_of(language, state[probe.start - 1 : -1], probe.ids[probe.start :])
-        for state, probe in zip(states, probes, strict=True)
-    ]
-
-
-def logprobs_of(
-    language: LanguageModel, hidden: Tensor, wanted: Sequence[int], max_logits: int = MAX_LOGITS
-) -> list[float]:
-    """Log-probabilities of tokens (n,) behind hidden states (n, hidden_size); few tokens' logits exist at a time."""
-    size = max(1, max_logits // language.vocab_size)
-    targets = torch.tensor(wanted, device=hidden.device)
-    pieces = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
-    found: list[float] = []
-    for states, tokens in pieces:
-        shares = torch.log_softmax(language.logits(states), dim=-1)  # (piece, vocab_size)
-        found += shares.gather(1, tokens[:, None])[:, 0].tolist()
-    return found
+    ids, starts = [probe.ids for probe in probes], [probe.start for probe in probes]
+    return [found.tolist() for found in language.logprobs(ids, [mix] * len(probes), starts)]
 
 
 def _compare(
