@@ -9,8 +9,8 @@ from training.suite.intervals import Scores, difference
 
 LINES = RESULTS / "method" / "results.jsonl"
 HEAD = (
-    "| suite, examples | single | best baseline | ours | minus single | graph renamed | shared | ours-joint "
-    "| minus shared | graph renamed | seeds |"
+    "| suite, examples | single | best baseline | ours | minus single | graph renamed | shared | shared, one head "
+    "| ours-joint | minus shared | graph renamed | seeds |"
 )
 
 
@@ -41,7 +41,7 @@ def _row(found: list[dict[str, Any]], suite: str, examples: float) -> str:
     return (
         f"| {suite}, {size} | {_mean(scores, 'single')} | {shown} | {_mean(scores, 'ours')} "
         f"| {_minus(scores, 'ours', 'single')} | {_mean(scores, 'ours-random')} | {_mean(scores, 'shared')} "
-        f"| {_mean(scores, 'ours-joint')} | {_minus(scores, 'ours-joint', 'shared')} "
+        f"| {_mean(scores, 'shared_tied')} | {_mean(scores, 'ours-joint')} | {_minus(scores, 'ours-joint', 'shared')} "
         f"| {_mean(scores, 'ours-joint-random')} | {seeds} |"
     )
 
