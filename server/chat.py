@@ -8,6 +8,9 @@ from jinja2.exceptions import TemplateError
 from server.completions_schema import HALF_A_CHARACTER, Message, is_whole
 from server.errors import BadInputError
 
+# A template is a program.
+_TEMPLATE_FAILURES = (TemplateError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError)
+
 
 def prompt_text(tokenizer: Any, messages: Sequence[Message]) -> str:
     """The prompt, special tokens written out in it, up to where the assistant begins to speak.
@@ -24,14 +27,7 @@ def prompt_text(tokenizer: Any, messages: Sequence[Message]) -> str:
         told = [one | {"role": "system"} if one["role"] == "developer" else one for one in told]
     try:
         text: str = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
-    except (
-        TemplateError,
-        ArithmeticError,
-        LookupError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:  # a template is a program
+    except _TEMPLATE_FAILURES as error:
         raise BadInputError(f"the backbone's chat template refuses these messages: {error}") from error
     if not is_whole(text):
         raise BadInputError(f"messages: {HALF_A_CHARACTER}")

@@ -50,12 +50,13 @@ class Group:
         """A method's lines, one per seed."""
         return [line for line in self.lines if line["method"] == method]
 
-    def scores(self, method: str, of: "Of | None" = None) -> dict[tuple[str, int], float]:
+    def scores(self, method: str, of: Of | None = None) -> dict[tuple[str, int], float]:
         """(task, seed) -> accuracy; of: which of a line's, None for the one that counts. Without what a line lacks."""
         return {
             (task, line["seed"]): value
             for line in self.of(method)
-            for task, value in zip(line["tasks"], (of or accuracies)(line) or (), strict=False)
+            if (found := (of or accuracies)(line)) is not None
+            for task, value in zip(line["tasks"], found, strict=True)
         }
 
     @property
