@@ -1,7 +1,7 @@
 """Ours where adapters train together: modules, evidence and relations co-trained under the prior, heads tied by it.
 
 R = softplus(R_hat), starting at R0  ->  Pi (prior.py)  ->  g (allocation.py)  ->  every row runs under its task's g
-head_t[y] = sum_j H_tj U_j[y],  H = rho I + (1 - rho) Pi over the tasks that have the label y
+head_t[y] = sum_j H_tj U_j[y],  H = Pi at the start, over the tasks j that have the label y
 
 Sharing is as wide as the walk over R goes, in adapters and in heads alike; evidence E and the modules' own gradients
 then say where a task goes its own way. Without adapters yet, R0 comes from frozen embeddings and label names.
@@ -33,11 +33,10 @@ LOSSES = LossWeights()
 
 @dataclass(frozen=True)
 class Settings:
-    """What can be turned. own_head: rho; learns_relations: False keeps R at R0."""
+    """What can be turned. learns_relations: False keeps R at R0."""
 
     knobs: Knobs = KNOBS
     losses: LossWeights = LOSSES
-    own_head: float = 0.3
     lr: float = 2e-2
     learns_relations: bool = True
     learns_evidence: bool = True
@@ -121,11 +120,9 @@ def cotrain(
 
 
 def _ties(learned: Learned) -> Tensor:
-    """H (T, T): the prior at the start, with the task's own share."""
+    """H (T, T): the prior at the start."""
     with torch.no_grad():
-        Pi, _ = learned.prior()
-    own = learned.settings.own_head
-    return own * torch.eye(len(Pi)) + (1 - own) * Pi
+        return learned.prior()[0]
 
 
 def _penalty(learned: Learned, modules: Modules) -> Tensor:

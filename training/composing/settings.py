@@ -14,7 +14,6 @@ class Composing(Forward):
     store: Path = Field(STORE, description="adapter store to publish into")
     alias: str | None = Field("prod", description="alias that the new versions and the graph get")
     actor: str = Field("", description="who publishes; noted in the store")
-    own_head: float = Field(0.3, ge=0, le=1, description="share of a task's own head; related tasks give the rest")
 
 
 class ComposeConfig(Composing):
@@ -27,6 +26,9 @@ class ComposeConfig(Composing):
         "does for the others' train texts; store: a graph of the store",
     )
     graph: int | None = Field(None, ge=1, description="version of the graph for --relations store; default: the latest")
+    own_head: float = Field(
+        0.3, ge=0, le=1, description="share of a task's own head in where it starts; related tasks give the rest"
+    )
     l2: float = Field(0.1, ge=0, description="how near a refitted head stays to the mean of related heads")
     mass: bool = Field(True, description="scale a composition so that it is as long an update as its parts")
     knobs: dict[str, Any] = Field(

@@ -63,7 +63,6 @@ def settings_of(config: CotrainConfig) -> Settings:
     return Settings(
         knobs=validate(Knobs, KNOBS.model_dump() | config.knob, "knob"),
         losses=validate(LossWeights, config.loss, "loss"),
-        own_head=config.own_head,
         lr=config.graph_lr,
         learns_relations=config.learn_relations,
         learns_evidence=config.learn_evidence,
