@@ -88,9 +88,9 @@ DATA ?= ../shared/data
 bench-method: setup ## every way to compose on the suites fdu and mixed; hours, goes on where it was; writes tests/bench/results/method
 	$(BIN)/python -W ignore -m training evaluate --workers 2 --name fdu --data $(DATA)/fdu_mtl --seeds 0,1,2 --examples 30,100 --out $(METHOD)/fdu
 	$(BIN)/python -W ignore -m training evaluate --workers 2 --name mixed --data $(DATA)/fdu_mtl,$(DATA)/clinc150_domains --seeds 0,1,2 --examples 30,100 --out $(METHOD)/mixed
-	$(BIN)/python -W ignore -m training evaluate --workers 2 --name fdu --data $(DATA)/fdu_mtl --examples all --methods single,shared,ours-joint --out $(METHOD)/fdu
+	$(BIN)/python -W ignore -m training evaluate --workers 2 --name fdu --data $(DATA)/fdu_mtl --examples all --methods single,shared,ours,ours-joint --out $(METHOD)/fdu
 	$(BIN)/python -W ignore -m training evaluate --workers 2 --name fdu --data $(DATA)/fdu_mtl --examples 30 --methods sweep --out $(METHOD)/fdu
-	$(BIN)/python -W ignore -m training report --results $(METHOD)/fdu,$(METHOD)/mixed --out $(METHOD)
+	$(BIN)/python -W ignore -m training report --results $(METHOD)/fdu,$(METHOD)/mixed --notes $(METHOD)/notes.md --out $(METHOD)
 
 bench-synthetic: setup ## weights of known mixtures, found again; writes tests/bench/results/synthetic.jsonl
 	$(BIN)/python -W ignore -m tests.bench.synthetic

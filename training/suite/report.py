@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from training.errors import DataError
 from training.progress import say
 from training.relations import Matrix
 from training.suite import curves, plots, tables
@@ -44,11 +45,11 @@ _HOW = """## How to read this
 
 def report(config: ReportConfig) -> Path:
     """Write results.jsonl, report.md and pictures into the folder; the file of the report. Raises DataError."""
-    lines = read(config.results)
+    lines, notes = read(config.results), _notes(config)
     config.out.mkdir(parents=True, exist_ok=True)
     (config.out / "results.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     found = groups(lines, config.results)
-    parts = ["# Ways to compose adapters, compared", _about(lines, found), _HOW]
+    parts = ["# Ways to compose adapters, compared", _about(lines, found), notes, _HOW]
     parts += [part for group in found for part in _section(group, config.out)]
     parts += list(_curves(lines, found, config.out))
     parts += _failed(config.results)
@@ -74,6 +75,16 @@ def _about(lines: Sequence[Line], found: Sequence[Group]) -> str:
     ]
     head = ["suite", "training examples per task", "tasks", "methods", "seeds", "setting"]
     return f"What was run (commit {', '.join(commits)}; {len(lines)} results):\n\n{tables.markdown(head, rows)}"
+
+
+def _notes(config: ReportConfig) -> str:
+    """Raises DataError."""
+    if config.notes is None:
+        return ""
+    try:
+        return config.notes.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{config.notes} of --notes could not be read: {error}") from error
 
 
 def _section(group: Group, out: Path) -> Iterator[str]:

@@ -51,3 +51,4 @@ class ReportConfig(Settings):
 
     results: tuple[Path, ...] = Field(min_length=1, description="folders that evaluate wrote")
     out: Path = Field(description="folder for results.jsonl, report.md and pictures")
+    notes: Path | None = Field(None, description="Markdown file with your own words on the results; they come first")

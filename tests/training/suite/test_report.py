@@ -69,11 +69,14 @@ def test_the_report_has_tables_pictures_and_lines(write: Write, tmp_path: Path) 
     })  # fmt: skip
     append(folder / "errors.jsonl", {"method": "broken", "examples": 30, "seed": 1, "error": "DivergedError: a | b"})
 
-    file = report(ReportConfig(results=(folder,), out=tmp_path / "report"))
+    (tmp_path / "notes.md").write_text("## In short\n\nRead with care.\n")
+
+    file = report(ReportConfig(results=(folder,), out=tmp_path / "report", notes=tmp_path / "notes.md"))
 
     text = file.read_text()
     assert "| 1 | **ours-joint** | joint |" in text
     assert "0 (missing: 1)" in text
+    assert text.index("What was run") < text.index("Read with care.") < text.index("## How to read this")
     assert "ours-random | the same graph with its nodes renamed" in text
     assert "| embedding | +0.610 | +0.610 to +0.610 | 1.5 |" in text
     assert "commands (2) | reviews (2)" in text
@@ -155,6 +158,12 @@ def test_of_two_folders_the_later_line_counts_and_settings_are_kept_apart(write:
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected a folder that espalier-train evaluate wrote"):
         report(ReportConfig(results=(tmp_path,), out=tmp_path / "report"))
+
+
+def test_notes_that_are_not_there_are_refused_before_anything_is_written(write: Write, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"notes\.md of --notes could not be read"):
+        report(ReportConfig(results=(write(*all_lines()),), out=tmp_path / "report", notes=tmp_path / "notes.md"))
+    assert not (tmp_path / "report").exists()
 
 
 def test_of_many_tasks_the_most_mixed_is_shown(tmp_path: Path) -> None:
