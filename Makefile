@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE ?= 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: bench-method bench-synthetic help setup demo serve train test test-clients check fmt lint types bench bench-http bench-generate bench-fdu bench-prompts bench-cotrain lock clean
+.PHONY: bench-method bench-graphs bench-synthetic help setup demo serve train test test-clients check fmt lint types bench bench-http bench-generate bench-fdu bench-prompts bench-cotrain lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -91,6 +91,9 @@ bench-method: setup ## every way to compose on the suites fdu and mixed; hours, 
 	$(BIN)/python -W ignore -m training evaluate --workers 2 --name fdu --data $(DATA)/fdu_mtl --examples all --methods single,shared,ours,ours-joint --out $(METHOD)/fdu
 	$(BIN)/python -W ignore -m training evaluate --workers 2 --name fdu --data $(DATA)/fdu_mtl --examples 30 --methods sweep --out $(METHOD)/fdu
 	$(BIN)/python -W ignore -m training report --results $(METHOD)/fdu,$(METHOD)/mixed --notes $(METHOD)/notes.md --out $(METHOD)
+
+bench-graphs: setup ## graphs within one family beside themselves on the wrong tasks, with the node adapters of bench-method; writes tests/bench/results/graph_tries.jsonl
+	$(BIN)/python -W ignore -m tests.bench.graph_tries --data $(DATA)/fdu_mtl
 
 bench-synthetic: setup ## weights of known mixtures, found again; writes tests/bench/results/synthetic.jsonl
 	$(BIN)/python -W ignore -m tests.bench.synthetic

@@ -19,7 +19,7 @@ from training.composing.ours import OURS
 from training.composing.pluggable import Choices, compose, prior_rows, tied_head, weights_of
 from training.errors import DataError
 from training.suite import relating
-from training.suite.heads import Heads
+from training.suite.heads import Heads, HeadTensors
 from training.suite.joint import Recipe
 from training.suite.methods import Nodes, accuracies, pooled_under
 from training.suite.modules import mixes, one_hot
@@ -124,6 +124,21 @@ def test_cotraining_without_relations_shares_nothing(tiny_bench: Workbench) -> N
     found = cotrain(tiny_bench, np.eye(3), RECIPE)
     torch.testing.assert_close(found.weights, one_hot(3, 2))
     torch.testing.assert_close(found.learned.R.detach(), torch.eye(3))
+
+
+def test_heads_are_as_wide_as_the_walk(tiny_bench: Workbench) -> None:
+    """Apart where it stays at home (c = 0), one for all that share their labels as it forgets where it began."""
+    fixed = Settings(learns_relations=False, learns_evidence=False)
+    labels = [task.labels for task in tiny_bench.tasks]
+    alike = next((i, j) for i in range(3) for j in range(i) if labels[i] == labels[j])
+
+    def heads(c: float, *, ties: bool = True) -> list[HeadTensors]:
+        knobs = KNOBS.model_copy(update={"c": c})
+        return cotrain(tiny_bench, np.ones((3, 3)), RECIPE, replace(fixed, knobs=knobs, ties_heads=ties)).heads
+
+    torch.testing.assert_close(heads(0.0), heads(0.0, ties=False))
+    one, other = (heads(0.9999)[t] for t in alike)
+    torch.testing.assert_close(one, other, atol=1e-3, rtol=0)
 
 
 def test_evidence_grows_for_the_adapter_that_helps(tiny_bench: Workbench, nodes: Nodes) -> None:
