@@ -92,7 +92,7 @@ bench-method: setup ## every way to compose on the suites fdu and mixed; hours, 
 	$(BIN)/python -W ignore -m training evaluate --workers 2 --name fdu --data $(DATA)/fdu_mtl --examples 30 --methods sweep --out $(METHOD)/fdu
 	$(BIN)/python -W ignore -m training report --results $(METHOD)/fdu,$(METHOD)/mixed --notes $(METHOD)/notes.md --out $(METHOD)
 
-bench-graphs: setup ## graphs within one family beside themselves on the wrong tasks, with the node adapters of bench-method; writes tests/bench/results/graph_tries.jsonl
+bench-graphs: setup ## graphs within one family beside themselves on the wrong tasks; writes tests/bench/results/graph_tries.jsonl
 	$(BIN)/python -W ignore -m tests.bench.graph_tries --data $(DATA)/fdu_mtl
 
 bench-synthetic: setup ## weights of known mixtures, found again; writes tests/bench/results/synthetic.jsonl

@@ -1,9 +1,8 @@
 """Does any graph within one family beat the same graph on the wrong tasks? Tries on texts that no cell of a suite uses.
 
 Ours where adapters were trained apart, under several graphs, wide (every related task) and narrow (4 of them), each
-beside itself with its nodes renamed at random. The node adapters are those that `evaluate` left in the cell's folder;
-what is answered are training texts of the suite's tasks that are not among the cell's N examples, at most 200 a task.
-Test texts are not read.
+beside itself with its nodes renamed at random. The node adapters are those of the suite's cells; what is answered are
+training texts that are not among the cell's N examples, at most 200 a task. Test texts decide nothing.
 
 Run: python -m tests.bench.graph_tries [--examples 30] [--seeds 1,2]
 """
@@ -18,16 +17,17 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from tests.bench.rounds import RESULTS, write
+from tests.bench.rounds import write
 from training.backbone import load
 from training.composing.pluggable import USUAL, compose, knobs_of
 from training.examples import Split, labelled
 from training.memory import keep_freed
 from training.relations import Matrix
-from training.suite import nodes as kept
 from training.suite import relating
 from training.suite.intervals import difference
 from training.suite.methods import Nodes, accuracies, pooled_under
+from training.suite.nodes import train_nodes
+from training.suite.tables import markdown
 from training.suite.workbench import Setting, Texts, Workbench, prepare, texts_of
 from training.tasks import Sampling, read_tasks, sample
 
@@ -72,10 +72,10 @@ def tried(bench: Workbench, nodes: Nodes, relations: Matrix, neighbours: int | N
     return accuracies(found.heads, pooled_under(bench, nodes, found.weights, bench.test), bench.test)
 
 
-def lines_of(setting: Setting, folder: Path) -> Iterator[dict[str, Any]]:
+def lines_of(setting: Setting) -> Iterator[dict[str, Any]]:
     """A line per try of one cell, each with its twin."""
     bench = held_out(prepare(setting, load(setting.backbone, setting.dtype)))
-    nodes = kept.load(folder / f"{setting.examples}-{setting.seed}" / "nodes", bench.names)
+    nodes = train_nodes(bench)
     tries = [(name, R, neighbours) for name, R in graphs(bench, nodes).items() for neighbours in (None, NARROW)]
     label = f"{setting.examples} examples, seed {setting.seed}"
     for name, R, neighbours in track(tries, label, console=Console(stderr=True)):
@@ -89,26 +89,21 @@ def lines_of(setting: Setting, folder: Path) -> Iterator[dict[str, Any]]:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown: a row per number of examples and try, over seeds."""
-    rows = [
-        "| examples | graph | modules per task | accuracy | minus renamed, points | seeds |",
-        "|---|---|---|---|---|---|",
-    ]
     named: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for line in lines:
         named.setdefault((line["examples"], line["graph"], line["neighbours"] or "all"), []).append(line)
-    for (examples, graph, neighbours), own in named.items():
-        rows.append(
-            f"| {examples} | {graph} | {neighbours} | {_compared(own)} | {', '.join(str(x['seed']) for x in own)} |"
-        )
-    return "\n".join(rows)
+    head = ["examples", "graph", "modules per task", "accuracy", "minus renamed, points", "seeds"]
+    rows = [[*map(str, what), *_compared(own), ", ".join(str(x["seed"]) for x in own)] for what, own in named.items()]
+    return markdown(head, rows)
 
 
-def _compared(lines: list[dict[str, Any]]) -> str:
+def _compared(lines: list[dict[str, Any]]) -> tuple[str, str]:
+    """Mean accuracy, and how much more that is than under the renamed graph."""
     found = difference(_scores(lines, "accuracy"), _scores(lines, "renamed"))
     if found is None or found.t is None:
         raise AssertionError("our bug: tries have at least two tasks")
     mean = np.mean(list(_scores(lines, "accuracy").values()))
-    return f"{mean:.4f} | {100 * found.mean:+.2f} [{100 * found.t[0]:+.2f}, {100 * found.t[1]:+.2f}]"
+    return f"{mean:.4f}", f"{100 * found.mean:+.2f} [{100 * found.t[0]:+.2f}, {100 * found.t[1]:+.2f}]"
 
 
 def _scores(lines: list[dict[str, Any]], which: str) -> Mapping[tuple[str, int], float]:
@@ -121,7 +116,6 @@ def main() -> None:
     """Try, print the table and write results/graph_tries.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="../shared/data/fdu_mtl", help="folder of task folders")
-    parser.add_argument("--cells", default=str(RESULTS / "method" / "fdu" / "cells"), help="what evaluate left")
     parser.add_argument("--examples", default="30", help="training examples per task, separated by commas")
     parser.add_argument("--seeds", default="1,2")
     args = parser.parse_args()
@@ -129,7 +123,7 @@ def main() -> None:
     lines: list[dict[str, Any]] = []
     for examples in map(int, args.examples.split(",")):
         for seed in map(int, args.seeds.split(",")):
-            lines += lines_of(Setting(data=(Path(args.data),), examples=examples, seed=seed), Path(args.cells))
+            lines += lines_of(Setting(data=(Path(args.data),), examples=examples, seed=seed))
     write("graph_tries", lines)
     print(table(lines))
 
