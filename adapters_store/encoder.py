@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from adapters_store import linear
 from adapters_store.errors import UnsupportedError
 from adapters_store.mixing import Mix, MixedBatch
 from adapters_store.packing import PACKED, packed, runs_of
@@ -40,8 +41,9 @@ class Encoder:
         self._windows: set[int] = set()  # of attention in the last packed forward
         self._probe = _probe_rows(int(config.vocab_size), pad_id)
         self.is_packed = self._try_packing()
+        self.is_laid_out = False
         with torch.no_grad():
-            exclude_odd(self.sites, self._run_probe, self.tokens_run([len(row) for row in self._probe]))
+            exclude_odd(self.sites, self.run_probe, self.tokens_run([len(row) for row in self._probe]))
 
     @property
     def max_length(self) -> int:
@@ -163,13 +165,24 @@ class Encoder:
         tolerance = 1e-4 if self.dtype == torch.float32 else 0.05
         return bool((found - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0))
 
-    def _run_probe(self) -> None:
+    @torch.no_grad()
+    def lay_out(self) -> bool:
+        """Lay out the weights of linear layers for the CPU's kernel (linear.py): for serving, when none is trained.
+
+        Returns whether any are laid out.
+        """
+        self.is_laid_out = linear.lay_out(self.model, self.sites.linear_layers, self.run_probe)
+        return self.is_laid_out
+
+    def run_probe(self) -> Tensor:
+        """(n, d) hidden states of a few rows without mixes, and what the pooler makes of them if there is one."""
         batch = MixedBatch.of([(len(row), None) for row in self._probe], self.num_layers, self.device)
-        run = self._packed if self.is_packed else self._padded
-        run(self._probe, batch, reference=False)
-        if self.pooler is not None:
-            tokens = self.tokens_run([len(row) for row in self._probe])
-            self.pooler(torch.zeros(tokens, 1, self.hidden_size, dtype=self.dtype, device=self.device))
+        hidden = (self._packed if self.is_packed else self._padded)(self._probe, batch, reference=False)
+        if self.pooler is None:
+            return hidden
+        tokens = self.tokens_run([len(row) for row in self._probe])
+        repeated = hidden.repeat(2, 1)[:tokens]  # as many as the sites count, padding included
+        return torch.cat([hidden, self.pooler(repeated[:, None])])
 
 
 def _probe_rows(vocab_size: int, pad_id: int) -> list[list[int]]:
@@ -217,8 +230,8 @@ def _take_pooler(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
     model.pooler = None  # type: ignore[assignment]
     activation = getattr(model, "pooler_activation", None)
     if isinstance(pooler, nn.Linear) and isinstance(activation, nn.Module):  # ALBERT keeps the two apart
-        linear = pooler
-        return lambda states: activation(linear(states[:, 0]))
+        dense = pooler
+        return lambda states: activation(dense(states[:, 0]))
     return pooler
 
 

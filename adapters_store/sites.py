@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adapters_store import few_rows, rms_norm
+from adapters_store import linear, memory, rms_norm
 from adapters_store.errors import KeysError, NoSiteError, UnknownSiteError
 from adapters_store.mixing import MixedBatch
 from adapters_store.places import blocks, is_linear, layers_by_name, widths
@@ -117,6 +117,12 @@ class Sites(Mapping[str, Site]):
     def __len__(self) -> int:
         return len(self._sites)
 
+    @property
+    def linear_layers(self) -> list[nn.Module]:
+        """The nn.Linear among them, in the backbone's order."""
+        modules = (site.place.module for site in self._sites.values())
+        return [module for module in modules if type(module).__mro__[1] is nn.Linear]
+
     def _swap_all(self) -> None:
         for name, module in self.backbone.named_modules():
             if is_linear(module) or is_norm(module):
@@ -136,6 +142,7 @@ class Sites(Mapping[str, Site]):
 
     def _release(self, name: str) -> None:
         module = self._sites.pop(name).place.module
+        linear.put_back(module)
         module.__class__ = type(module).__mro__[1]
         del module.__dict__["_espalier_site"]
 
@@ -177,8 +184,9 @@ class Sites(Mapping[str, Site]):
             by_site.setdefault(entry.site, []).append(entry)
         self.drop(slot)
         try:
-            for name, here in by_site.items():
-                self.add(name).put(slot, here)
+            with memory.side_by_side(sum(tensor.nbytes for entry in entries for tensor in entry.tensors.values())):
+                for name, here in by_site.items():
+                    self.add(name).put(slot, here)
         except BaseException:
             self.drop(slot)
             raise
@@ -204,7 +212,7 @@ class Sites(Mapping[str, Site]):
 def _forward_of(module: nn.Module) -> Callable[..., Any]:
     """What computes a module's own output: a kernel's where it gives the same."""
     if type(module) is nn.Linear:
-        return few_rows.forward
+        return linear.forward
     return rms_norm.forward if is_norm(module) and rms_norm.serves(module) else type(module).forward
 
 

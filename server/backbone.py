@@ -125,6 +125,7 @@ def load(name: str | None, dtype: str, device: str, *, generate: bool | None = N
     pad_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     language = LanguageModel(model, pad_id=pad_id) if generates else None
     encoder = language.encoder if language else Encoder(model, pad_id=pad_id)
+    (language or encoder).lay_out()
     shown = (name or "all-MiniLM-L6-v2").rstrip("/").rsplit("/", 1)[-1]
     fingerprint = backbones.fingerprint(folder, dtype)
     return Served(shown, folder, fingerprint, encoder, language, tokenizer, "last" if is_causal else "mean")

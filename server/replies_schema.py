@@ -250,7 +250,7 @@ class Ready(BaseModel):
     device: str | None = None
     forward: Literal["packed", "padded"] | None = None
     operator_path: str | None = Field(None, description="what adds low-rank adapters")
-    linear_path: str | None = Field(None, description="what multiplies the backbone's weights with few rows")
+    linear_path: str | None = Field(None, description="what multiplies the backbone's weights")
     adapters: int | None = None
     tasks: int | None = None
     graph_version: int | None = None

@@ -24,7 +24,8 @@
 #define AT_ONCE 4     /* tokens that share one reading of a factor from the first-level cache */
 #define CHUNK 128     /* columns of y worked on at a time: 16 rows of B as long stay in the first-level cache */
 #define STRIP 512     /* columns of y kept in float32 while they are summed, where y cannot hold sums */
-#define FETCHED 65536 /* bytes of the next adapter's A asked for ahead; what is longer the processor foresees */
+#define ROWS 4        /* rows of B read side by side where few tokens use them: as many runs of memory */
+#define AHEAD 4096    /* bytes of A until what is asked for now is used */
 
 /* Floats of one vector: longer than the processor's, the compiler would take them apart through memory. */
 #if defined(__AVX512F__)
@@ -98,18 +99,22 @@ typedef struct {
     int64_t at;
     int64_t shift; /* the column of b that belongs to column 0 of y */
     int64_t d_out;
+    int64_t first, rows; /* rows of each b: the first one, and how many at most; pairs of ranks are a row */
+    int64_t ahead;       /* bytes from what is read of b to what is asked for meanwhile */
 } addends;
 
 /* The two products of a kernel, for 1 to AT_ONCE tokens. */
 typedef struct {
-    /* hidden[t][0:lanes] = weights[t] * A x[t] */
+    /* hidden[t][0:lanes] = weights[t] * A x[t]; next: what is read after A, NULL if A was just read */
     void (*shrink)(int64_t tokens, const void *const *x, int64_t d_in, const entry *adapter, const float *weights,
-                   float *hidden);
+                   float *hidden, const char *next);
     /* y[t][c:end] += hidden . b; half: y is bfloat16 */
     void (*expand)(int64_t tokens, int half, char *const *y, int64_t c, int64_t end, const addends *add);
     int half;         /* x and y of the site are bfloat16 */
     int half_factors; /* and so are the factors, in pairs (lowrank_bf16.c); otherwise x is copied to float32 first */
 } arithmetic;
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* ---- vectors of y, of which bfloat16 is only a way to be stored ---- */
 
@@ -156,21 +161,29 @@ static void narrow_row(const float *from, int64_t columns, uint16_t *to) {
 
 /* ---- the products with factors in float32 ---- */
 
+/* The row of A from which on its end is asked for already and what comes next is, if anything is to be asked for. */
+INLINE int64_t turn_of(int64_t d_in, int64_t row_bytes, const char *next) {
+    return next ? d_in - least(d_in, AHEAD / row_bytes) : INT64_MAX;
+}
+
 /* `tokens` is a compile-time constant here and below. Four sums, each of every fourth column, because one chain of
  * additions would wait for itself where a single token is served. */
 #define SHRINK(NAME, VECTOR, FUSED)                                                                                  \
     INLINE void NAME(int tokens, const void *const *x, int64_t d_in, const float *a, int64_t lanes,                  \
-                     const float *weights, float *hidden) {                                                          \
+                     const float *weights, float *hidden, const char *next) {                                        \
         const float *rows[AT_ONCE];                                                                                  \
         VECTOR sum[4][AT_ONCE], all[AT_ONCE];                                                                        \
         UNROLL for (int t = 0; t < tokens; t++) rows[t] = x[t];                                                      \
         UNROLL for (int s = 0; s < 4; s++) UNROLL for (int t = 0; t < tokens; t++) sum[s][t] = (VECTOR){0};          \
-        int64_t i = 0;                                                                                               \
-        for (; i + 4 <= d_in; i += 4)                                                                                \
+        int64_t i = 0, turn = turn_of(d_in, 4 * lanes, next), ahead = next ? AHEAD : 0;                              \
+        for (; i + 4 <= d_in; i += 4) {                                                                              \
+            if (i >= turn) ahead = next - (const char *)(a + i * lanes), turn = INT64_MAX;                           \
             UNROLL for (int s = 0; s < 4; s++) {                                                                     \
                 VECTOR row = *(const VECTOR *)(a + (i + s) * lanes);                                                 \
+                __builtin_prefetch((const char *)(a + (i + s) * lanes) + ahead, 0, 2);                               \
                 UNROLL for (int t = 0; t < tokens; t++) sum[s][t] = FUSED(row, rows[t][i + s], sum[s][t]);           \
             }                                                                                                        \
+        }                                                                                                            \
         UNROLL for (int t = 0; t < tokens; t++) all[t] = (sum[0][t] + sum[1][t]) + (sum[2][t] + sum[3][t]);          \
         for (; i < d_in; i++) {                                                                                      \
             VECTOR row = *(const VECTOR *)(a + i * lanes);                                                           \
@@ -186,19 +199,19 @@ SHRINK(shrink8, floats8, FUSED8)
 #endif
 
 INLINE void shrink_some(int tokens, const void *const *x, int64_t d_in, const entry *adapter, const float *weights,
-                        float *hidden) {
-    if (LANES > 8 && adapter->lanes == 8) shrink8(tokens, x, d_in, adapter->a, 8, weights, hidden);
+                        float *hidden, const char *next) {
+    if (LANES > 8 && adapter->lanes == 8) shrink8(tokens, x, d_in, adapter->a, 8, weights, hidden, next);
     else
         for (int64_t j = 0; j < adapter->lanes; j += LANES)
-            shrink_lanes(tokens, x, d_in, (const float *)adapter->a + j, adapter->lanes, weights, hidden + j);
+            shrink_lanes(tokens, x, d_in, (const float *)adapter->a + j, adapter->lanes, weights, hidden + j, next);
 }
 
 static void shrink(int64_t tokens, const void *const *x, int64_t d_in, const entry *adapter, const float *weights,
-                   float *hidden) {
-    if (tokens == 4) shrink_some(4, x, d_in, adapter, weights, hidden);
-    else if (tokens == 3) shrink_some(3, x, d_in, adapter, weights, hidden);
-    else if (tokens == 2) shrink_some(2, x, d_in, adapter, weights, hidden);
-    else shrink_some(1, x, d_in, adapter, weights, hidden);
+                   float *hidden, const char *next) {
+    if (tokens == 4) shrink_some(4, x, d_in, adapter, weights, hidden, next);
+    else if (tokens == 3) shrink_some(3, x, d_in, adapter, weights, hidden, next);
+    else if (tokens == 2) shrink_some(2, x, d_in, adapter, weights, hidden, next);
+    else shrink_some(1, x, d_in, adapter, weights, hidden, next);
 }
 
 /* From column c on as many vectors, each of n columns: LANES, or fewer in the last one of a ragged row. */
@@ -210,11 +223,13 @@ INLINE void expand_vectors(int half, int tokens, int vectors, int64_t n, char *c
             sum[t][v] = half ? load_bf16((const uint16_t *)y[t] + c + v * LANES, n)
                              : load((const float *)y[t] + c + v * LANES, n);
     for (const part *p = add->parts; p < add->parts + add->num_parts; p++) {
-        int64_t rank = p->adapter->rank, lanes = p->adapter->lanes;
+        int64_t end = least(p->adapter->rank, add->first + add->rows), lanes = p->adapter->lanes;
         const float *b = (const float *)p->adapter->b + add->shift + c, *hidden = p->hidden + add->at * lanes;
-        for (int64_t j = 0; j < rank; j++)
+        for (int64_t j = add->first; j < end; j++)
             UNROLL for (int v = 0; v < vectors; v++) {
-                floats row = load(b + j * add->d_out + v * LANES, n);
+                const float *from = b + j * add->d_out + v * LANES;
+                floats row = load(from, n);
+                __builtin_prefetch((const char *)from + add->ahead, 0, 2);
                 UNROLL for (int t = 0; t < tokens; t++) sum[t][v] = FUSED(row, hidden[t * lanes + j], sum[t][v]);
             }
     }
@@ -259,49 +274,12 @@ typedef struct {
     float *sums;   /* (tokens, STRIP) where y cannot hold sums */
 } panel;
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-/* What memory should bring meanwhile: rows of a factor, asked for a share at a time while another factor is worked on.
- * The processor foresees long runs of addresses, but an adapter is short and the next one lies anywhere. Into the
- * second-level cache: fewer lines can be on their way to the first than it takes to keep memory busy. */
-typedef struct {
-    const char *at;
-    int64_t rows, lines, stride; /* lines of 64 bytes in a row; bytes from row to row */
-    int64_t asked, line;         /* lines so far, and those in the row where `at` stands */
-} ahead;
-
-/* Not inlined: among the many variables of its callers its loop would run through memory. */
-__attribute__((noinline)) static void fetch(ahead *next, int64_t share, int64_t shares) {
-    if (next->rows == 0) return;
-    int64_t end = next->rows * next->lines * share / shares;
-    while (next->asked < end) {
-        int64_t n = least(end - next->asked, next->lines - next->line);
-        const char *from = next->at + 64 * next->line;
-        for (int64_t i = 0; i < n; i++) __builtin_prefetch(from + 64 * i, 0, 2);
-        next->asked += n;
-        next->line += n;
-        if (next->line == next->lines) {
-            next->line = 0;
-            next->at += next->stride;
-        }
-    }
+/* What is read after a part's A: the next one's, behind the last the first b. */
+INLINE const char *after_a(const panel *now, const part *p) {
+    return p + 1 < now->parts + now->num_parts ? (p + 1)->adapter->a : now->parts->adapter->b;
 }
 
-/* Columns c .. c + columns of b: 4 bytes each, be it a float or a pair. */
-INLINE ahead b_of(const panel *now, const part *p, int64_t c, int64_t columns) {
-    if (p == now->parts + now->num_parts) return (ahead){0};
-    int64_t rows = now->by->half_factors ? (p->adapter->rank + 1) / 2 : p->adapter->rank;
-    return (ahead){(const char *)p->adapter->b + 4 * c, rows, (4 * columns + 63) / 64, 4 * now->here->d_out, 0, 0};
-}
-
-/* Behind the last a comes the first b. */
-INLINE ahead a_of(const panel *now, const part *p) {
-    if (p == now->parts + now->num_parts) return b_of(now, now->parts, 0, least(now->here->d_out, STRIP));
-    int64_t bytes = now->here->d_in * p->adapter->lanes * (now->by->half_factors ? 2 : 4);
-    return (ahead){p->adapter->a, 1, least(bytes, FETCHED) / 64, 0, 0, 0};
-}
-
-static void shrink_part(const panel *now, const part *p, ahead next) {
+static void shrink_part(const panel *now, const part *p) {
     for (int64_t u = 0, n; u < p->num_uses; u += n) {
         n = least(p->num_uses - u, AT_ONCE);
         const void *x[AT_ONCE];
@@ -310,8 +288,8 @@ static void shrink_part(const panel *now, const part *p, ahead next) {
             x[t] = now->x[p->uses[2 * (u + t)] - now->first_token];
             weights[t] = now->here->weights[p->uses[2 * (u + t) + 1]];
         }
-        fetch(&next, u + n, p->num_uses);
-        now->by->shrink(n, x, now->here->d_in, p->adapter, weights, p->hidden + u * p->adapter->lanes);
+        now->by->shrink(n, x, now->here->d_in, p->adapter, weights, p->hidden + u * p->adapter->lanes,
+                        u ? NULL : after_a(now, p));
     }
 }
 
@@ -324,22 +302,49 @@ INLINE void fetch_y(const panel *now, int half, char *const *y, const part *p, i
             __builtin_prefetch(y[p->uses[2 * u] - now->first_token] + size * c + i, 1);
 }
 
-/* Add parts of the same tokens to `columns` columns of y, in y the first, in b the one behind `shift`. */
+/* Rows of a part's b. */
+INLINE int64_t rows_of(const panel *now, const part *p) {
+    return now->by->half_factors ? (p->adapter->rank + 1) / 2 : p->adapter->rank;
+}
+
+/* Add parts of the same tokens to `columns` columns of y, in y the first, in b the one behind `shift`; a chunk of
+ * columns of b stays in the first-level cache for all tokens. */
 static void expand_parts(const panel *now, int half, char *const *y, const part *parts, int64_t num_parts,
-                         int64_t shift, int64_t columns, ahead next) {
-    addends add = {parts, num_parts, 0, shift, now->here->d_out};
-    int64_t num_uses = parts->num_uses, done = 0;
+                         int64_t shift, int64_t columns) {
+    addends add = {parts, num_parts, 0, shift, now->here->d_out, 0, INT64_MAX, 4 * CHUNK};
     for (int64_t c = 0, width; c < columns; c += width) {
         width = least(columns - c, CHUNK);
-        for (int64_t n; (n = least(num_uses - add.at, AT_ONCE)) > 0; add.at += n) {
+        for (int64_t n; (n = least(parts->num_uses - add.at, AT_ONCE)) > 0; add.at += n) {
             char *rows[AT_ONCE];
             for (int64_t t = 0; t < n; t++) rows[t] = y[parts->uses[2 * (add.at + t)] - now->first_token];
-            fetch(&next, done += n * width, num_uses * columns);
-            if (next.rows == 0) fetch_y(now, half, y, parts, add.at + n, c, width);
+            fetch_y(now, half, y, parts, add.at + n, c, width);
             now->by->expand(n, half, rows, c, c + width, &add);
+            add.ahead = 0;
         }
         add.at = 0;
+        add.ahead = 4 * CHUNK;
     }
+}
+
+/* The same for one part that few tokens use: its b is read row by row, as it lies, and y, which holds floats, over and
+ * over. */
+static void expand_few(const panel *now, char *const *y, const part *p, int64_t shift, int64_t columns) {
+    const int64_t num_rows = rows_of(now, p), row_bytes = 4 * now->here->d_out;
+    addends add = {p, 1, 0, shift, now->here->d_out, 0, ROWS, ROWS * row_bytes};
+    char *rows[AT_ONCE];
+    for (int64_t t = 0; t < p->num_uses; t++) rows[t] = y[p->uses[2 * t] - now->first_token];
+    for (; add.first < num_rows; add.first += ROWS) {
+        if (add.first + ROWS >= num_rows) { /* its last rows: the next part's first */
+            const part *next = p + 1 < now->parts + now->num_parts ? p + 1 : p;
+            add.ahead = (const char *)next->adapter->b - ((const char *)p->adapter->b + add.first * row_bytes);
+        }
+        now->by->expand(p->num_uses, 0, rows, 0, columns, &add);
+    }
+}
+
+INLINE void expand_part(const panel *now, int half, char *const *y, const part *p, int64_t shift, int64_t columns) {
+    if (!half && p->num_uses <= AT_ONCE) expand_few(now, y, p, shift, columns);
+    else expand_parts(now, half, y, p, 1, shift, columns);
 }
 
 /* Sums that leave the registers between a token's adapters: kept in float32, a strip of columns at a time, so that a
@@ -352,20 +357,19 @@ static void expand_in_strips(const panel *now) {
         int64_t columns = least(here->d_out - c, STRIP);
         for (int64_t t = 0; t < now->tokens; t++) widen_row((uint16_t *)now->y[t] + c, columns, (float *)sums[t]);
         for (const part *p = now->parts; p < now->parts + now->num_parts; p++)
-            expand_parts(now, 0, sums, p, 1, c, columns, b_of(now, p + 1, c, columns));
+            expand_part(now, 0, sums, p, c, columns);
         for (int64_t t = 0; t < now->tokens; t++) narrow_row((float *)sums[t], columns, (uint16_t *)now->y[t] + c);
     }
 }
 
 static void expand_panel(const panel *now) {
     const part *end = now->parts + now->num_parts;
-    int half = now->by->half, same = 1; /* same: all adapters are for all tokens */
+    int half = now->by->half, same = now->tokens > AT_ONCE; /* same: all adapters are for all of many tokens */
     for (const part *p = now->parts; p < end; p++) same &= p->num_uses == now->tokens;
-    if (same) expand_parts(now, half, now->y, now->parts, now->num_parts, 0, now->here->d_out, (ahead){0});
-    else if (half && now->uses > now->tokens) expand_in_strips(now); /* some token has more than one adapter */
+    if (same) expand_parts(now, half, now->y, now->parts, now->num_parts, 0, now->here->d_out);
+    else if (half) expand_in_strips(now);
     else
-        for (const part *p = now->parts; p < end; p++)
-            expand_parts(now, half, now->y, p, 1, 0, now->here->d_out, b_of(now, p + 1, 0, now->here->d_out));
+        for (const part *p = now->parts; p < end; p++) expand_part(now, 0, now->y, p, 0, now->here->d_out);
 }
 
 static void run_panel(panel *now) {
@@ -381,7 +385,7 @@ static void run_panel(panel *now) {
             now->x[t] = copy;
         }
     }
-    for (const part *p = now->parts; p < now->parts + now->num_parts; p++) shrink_part(now, p, a_of(now, p + 1));
+    for (const part *p = now->parts; p < now->parts + now->num_parts; p++) shrink_part(now, p);
     expand_panel(now);
 }
 

@@ -16,20 +16,24 @@ INLINE int32_t pair_at(const uint16_t *x) {
 /* By vectors of so many BITS: 512 for 16 lanes, 256 for 8. */
 #define SHRINK_PAIRS(NAME, BITS, LOAD, STORE)                                                                        \
     INLINE void NAME(int tokens, const void *const *x, int64_t d_in, const uint16_t *a, int64_t lanes,               \
-                     const float *weights, uint16_t *hidden) {                                                       \
+                     const float *weights, uint16_t *hidden, const char *next) {                                     \
         const uint16_t *rows[AT_ONCE];                                                                               \
         __m##BITS sum[4][AT_ONCE], all[AT_ONCE];                                                                     \
         UNROLL for (int t = 0; t < tokens; t++) rows[t] = x[t];                                                      \
         UNROLL for (int s = 0; s < 4; s++)                                                                           \
             UNROLL for (int t = 0; t < tokens; t++) sum[s][t] = _mm##BITS##_setzero_ps();                            \
-        int64_t i = 0;                                                                                               \
-        for (; i + 8 <= d_in; i += 8)                                                                                \
+        int64_t i = 0, turn = turn_of(d_in, 2 * lanes, next), ahead = next ? AHEAD : 0;                              \
+        for (; i + 8 <= d_in; i += 8) {                                                                              \
+            if (i >= turn) ahead = next - (const char *)(a + i * lanes), turn = INT64_MAX;                           \
             UNROLL for (int s = 0; s < 4; s++) {                                                                     \
-                __m##BITS##bh row = (__m##BITS##bh)LOAD((const void *)(a + (i + 2 * s) * lanes));                    \
+                const void *from = a + (i + 2 * s) * lanes;                                                          \
+                __m##BITS##bh row = (__m##BITS##bh)LOAD(from);                                                       \
+                __builtin_prefetch((const char *)from + ahead, 0, 2);                                                \
                 UNROLL for (int t = 0; t < tokens; t++)                                                              \
                     sum[s][t] = _mm##BITS##_dpbf16_ps(                                                               \
                         sum[s][t], row, (__m##BITS##bh)_mm##BITS##_set1_epi32(pair_at(rows[t] + i + 2 * s)));        \
             }                                                                                                        \
+        }                                                                                                            \
         UNROLL for (int t = 0; t < tokens; t++)                                                                      \
             all[t] = _mm##BITS##_add_ps(_mm##BITS##_add_ps(sum[0][t], sum[1][t]),                                    \
                                         _mm##BITS##_add_ps(sum[2][t], sum[3][t]));                                   \
@@ -50,20 +54,21 @@ SHRINK_PAIRS(shrink_pairs16, 512, _mm512_loadu_si512, STORE_16)
 SHRINK_PAIRS(shrink_pairs8, 256, _mm256_loadu_si256, STORE_8)
 
 INLINE void shrink_some_pairs(int tokens, const void *const *x, int64_t d_in, const entry *adapter,
-                              const float *weights, float *hidden) {
+                              const float *weights, float *hidden, const char *next) {
     uint16_t *to = (uint16_t *)hidden;
-    if (adapter->lanes == 8) shrink_pairs8(tokens, x, d_in, adapter->a, 8, weights, to);
+    if (adapter->lanes == 8) shrink_pairs8(tokens, x, d_in, adapter->a, 8, weights, to, next);
     else
         for (int64_t j = 0; j < adapter->lanes; j += LANES)
-            shrink_pairs16(tokens, x, d_in, (const uint16_t *)adapter->a + 2 * j, adapter->lanes, weights, to + j);
+            shrink_pairs16(tokens, x, d_in, (const uint16_t *)adapter->a + 2 * j, adapter->lanes, weights, to + j,
+                            next);
 }
 
 static void shrink_pairs(int64_t tokens, const void *const *x, int64_t d_in, const entry *adapter,
-                         const float *weights, float *hidden) {
-    if (tokens == 4) shrink_some_pairs(4, x, d_in, adapter, weights, hidden);
-    else if (tokens == 3) shrink_some_pairs(3, x, d_in, adapter, weights, hidden);
-    else if (tokens == 2) shrink_some_pairs(2, x, d_in, adapter, weights, hidden);
-    else shrink_some_pairs(1, x, d_in, adapter, weights, hidden);
+                         const float *weights, float *hidden, const char *next) {
+    if (tokens == 4) shrink_some_pairs(4, x, d_in, adapter, weights, hidden, next);
+    else if (tokens == 3) shrink_some_pairs(3, x, d_in, adapter, weights, hidden, next);
+    else if (tokens == 2) shrink_some_pairs(2, x, d_in, adapter, weights, hidden, next);
+    else shrink_some_pairs(1, x, d_in, adapter, weights, hidden, next);
 }
 
 /* `mask` cuts the last vector of a ragged row. */
@@ -88,12 +93,14 @@ INLINE void expand_pair_vectors(int half, int tokens, int vectors, __mmask16 mas
     UNROLL for (int t = 0; t < tokens; t++)
         UNROLL for (int v = 0; v < vectors; v++) sum[t][v] = load_sums(half, y[t], c + v * LANES, mask);
     for (const part *p = add->parts; p < add->parts + add->num_parts; p++) {
-        int64_t pairs = (p->adapter->rank + 1) / 2, lanes = p->adapter->lanes;
+        int64_t end = least((p->adapter->rank + 1) / 2, add->first + add->rows), lanes = p->adapter->lanes;
         const uint16_t *b = (const uint16_t *)p->adapter->b + 2 * (add->shift + c);
         const int32_t *hidden = (const int32_t *)(p->hidden + add->at * lanes);
-        for (int64_t j = 0; j < pairs; j++)
+        for (int64_t j = add->first; j < end; j++)
             UNROLL for (int v = 0; v < vectors; v++) {
-                __m512bh row = (__m512bh)_mm512_maskz_loadu_epi32(mask, b + 2 * (j * add->d_out + v * LANES));
+                const uint16_t *from = b + 2 * (j * add->d_out + v * LANES);
+                __m512bh row = (__m512bh)_mm512_maskz_loadu_epi32(mask, from);
+                __builtin_prefetch((const char *)from + add->ahead, 0, 2);
                 UNROLL for (int t = 0; t < tokens; t++)
                     sum[t][v] = _mm512_dpbf16_ps(sum[t][v], row, (__m512bh)_mm512_set1_epi32(hidden[t * lanes + j]));
             }

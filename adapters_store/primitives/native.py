@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapters_store import compiled
+from adapters_store import compiled, memory
 from adapters_store.compiled import Status
 from adapters_store.mixing import Mix, MixedBatch
 from adapters_store.primitives.panels import Panels
@@ -45,8 +45,10 @@ class NativePair:
         lanes = 8 if rank <= 8 else -(-rank // 16) * 16
         a = torch.zeros(d_in, lanes)
         a[:, :rank] = A.mT
-        b = B.float().mT.contiguous()
-        return NativePair(_paired(a), _paired(b), rank) if paired else NativePair(a, b, rank)
+        b = B.float().mT
+        pair = (_paired(a), _paired(b)) if paired else (a, b)
+        a, b = (memory.empty(*rows.shape, dtype=rows.dtype).copy_(rows) for rows in pair)
+        return NativePair(a, b, rank)
 
     def unpaired(self) -> Pair | None:
         """The same factors for the torch forms, as views; None where they lie in pairs."""

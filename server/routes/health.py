@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from adapters_store import few_rows
+from adapters_store import linear
 from server import replies_schema as said
 from server.generation.generator import Generator
 from server.generation.pages import PAGE
@@ -41,7 +41,7 @@ def _details(service: Service) -> dict[str, Any]:
         "device": str(encoder.device),
         "forward": "packed" if encoder.is_packed else "padded",
         "operator_path": service.operator_path,
-        "linear_path": few_rows.status().detail if encoder.device.type == "cpu" else f"torch on {encoder.device}",
+        "linear_path": linear.status().detail if encoder.device.type == "cpu" else f"torch on {encoder.device}",
         "adapters": len(service.catalog.manifests),
         "tasks": len(service.catalog.tasks),
         "graph_version": service.catalog.graph_version,

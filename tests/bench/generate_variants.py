@@ -48,6 +48,7 @@ def engine(model: Any, adapters: Sequence[Factors], num_requests: int) -> Batche
     AttentionInterface.register(PACKED, packed_attention)
     AttentionMaskInterface.register(PACKED, no_mask)
     language = LanguageModel(copy.deepcopy(model))
+    language.lay_out()
     calibration.calibrate_lowrank(language.encoder.dtype, language.encoder.device)  # as the server does when it starts
     for slot, factors in enumerate(adapters):
         language.encoder.sites.put(slot, entries_of(factors))
