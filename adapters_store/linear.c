@@ -26,7 +26,7 @@
 #define OUTPUTS 32   /* of a strip; STRIP in linear.py */
 #define MOST 14      /* rows of a tile at most: 28 sums, 2 lines of weights and a row's number are 31 of 32 registers */
 #define ROWS 12      /* rows of a tile where there are several */
-#define BLOCK 96     /* rows that meet all strips before the next do: they stay in the second-level cache */
+#define BLOCK 96     /* rows that meet a strip one tile after another; they stay in the second-level cache */
 #define AHEAD 8192   /* bytes until weights that are asked for now are used */
 #define BUSY 7       /* rows from which on weights are asked for: fewer wait for memory, which the processor foresees */
 #define ALIASED 4096 /* bytes: what lies so far apart wants the same lines of the first-level cache */
@@ -120,31 +120,37 @@ INLINE void multiply_rows(const int half, int64_t n, const call *c, int64_t row,
 #undef CASE
 }
 
-/* The rows of one block for a strip, in tiles of about the same size. */
-INLINE void multiply_strip(const int half, const call *c, int64_t strip) {
-    const int64_t tiles = c->rows <= MOST ? 1 : (c->rows + ROWS - 1) / ROWS;
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* The rows of a block meet a strip, in tiles of about the same size. */
+INLINE void multiply_block(const int half, const call *c, int64_t block, int64_t strip) {
+    const int64_t first = block * BLOCK, rows = least(c->rows - first, BLOCK);
+    const int64_t tiles = rows <= MOST ? 1 : (rows + ROWS - 1) / ROWS;
     for (int64_t i = 0; i < tiles; i++) {
-        int64_t row = i * c->rows / tiles, n = (i + 1) * c->rows / tiles - row;
-        multiply_rows(half, n, c, row, strip, i ? 0 : AHEAD);
+        int64_t row = i * rows / tiles, n = (i + 1) * rows / tiles - row;
+        multiply_rows(half, n, c, first + row, strip, i ? 0 : AHEAD);
     }
 }
 
 /* x with its rows at a better distance where they would else all want the same lines of the first-level cache, and
  * with whole words where the last one would else be half of the next row's. NULL if there is no memory for that. */
-static const char *spread(const char *x, int64_t bytes, int64_t rows, int64_t *row) {
+static const char *spread(const char *x, int64_t bytes, int64_t rows, int64_t *row, int64_t num_threads) {
     static _Thread_local char *kept;
     static _Thread_local int64_t size;
-    const int64_t apart = (bytes + 63) / 64 * 64 + 64;
-    if ((rows < 2 || *row % ALIASED) && bytes % 4 == 0) return x;
+    const int64_t from = *row, apart = (bytes + 63) / 64 * 64 + 64;
+    if ((rows < 2 || from % ALIASED) && bytes % 4 == 0) return x;
     if (rows * apart > size) {
         free(kept);
         kept = aligned_alloc(64, (size_t)(rows * apart));
         size = kept ? rows * apart : 0;
     }
     if (!kept) return NULL;
+    char *to = kept; /* the caller's, in whatever thread */
+    (void)num_threads; /* without OpenMP */
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
     for (int64_t r = 0; r < rows; r++) {
-        memcpy(kept + r * apart, x + r * *row, (size_t)bytes);
-        memset(kept + r * apart + bytes, 0, 4);
+        memcpy(to + r * apart, x + r * from, (size_t)bytes);
+        memset(to + r * apart + bytes, 0, 4);
     }
     *row = apart;
     return kept;
@@ -154,14 +160,14 @@ static const char *spread(const char *x, int64_t bytes, int64_t rows, int64_t *r
 #define LINEAR(NAME, HALF)                                                                                           \
     int64_t NAME(const char *weight, const char *bias, int64_t d_in, int64_t d_out, const char *x, int64_t x_row,    \
                  int64_t rows, char *y, int64_t num_threads) {                                                       \
-        const int64_t strips = (d_out + OUTPUTS - 1) / OUTPUTS, bytes = d_in * SIZE(HALF);                           \
-        for (int64_t first = 0; first < rows; first += BLOCK) {                                                      \
-            int64_t n = rows - first < BLOCK ? rows - first : BLOCK, row = x_row * SIZE(HALF);                       \
-            const char *block = spread(x + first * row, bytes, n, &row);                                             \
-            if (!block) return 1;                                                                                    \
-            const call c = {weight, bias, (bytes + 3) / 4, d_out, block, row, n, y + first * d_out * SIZE(HALF)};    \
+        const int64_t strips = (d_out + OUTPUTS - 1) / OUTPUTS, bytes = d_in * SIZE(HALF), most = BLOCK * num_threads; \
+        for (int64_t first = 0; first < rows; first += most) {                                                       \
+            int64_t n = least(rows - first, most), row = x_row * SIZE(HALF), blocks = (n + BLOCK - 1) / BLOCK;       \
+            const char *some = spread(x + first * row, bytes, n, &row, num_threads);                                 \
+            if (!some) return 1;                                                                                     \
+            const call c = {weight, bias, (bytes + 3) / 4, d_out, some, row, n, y + first * d_out * SIZE(HALF)};     \
             _Pragma("omp parallel for schedule(static) num_threads(num_threads) if(num_threads > 1)")                \
-            for (int64_t strip = 0; strip < strips; strip++) multiply_strip(HALF, &c, strip);                        \
+            for (int64_t i = 0; i < blocks * strips; i++) multiply_block(HALF, &c, i / strips, i % strips);          \
         }                                                                                                            \
         return 0;                                                                                                    \
     }

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class Strips:
         padded = F.pad(weight.detach(), (0, -d_in % numbers, 0, -d_out % STRIP))
         whole = padded.contiguous().view(torch.int32)  # a word at a time: it stays whole
         strips = whole.view(padded.shape[0] // STRIP, STRIP, -1).transpose(1, 2)  # (strips, words, STRIP)
-        words = memory.empty(*strips.shape, dtype=torch.int32).copy_(strips)
+        words = memory.zeros(*strips.shape, dtype=torch.int32).copy_(strips)
         return Strips(words.view(weight.dtype).view(*strips.shape, numbers), d_out, d_in)
 
     def weight(self) -> Tensor:
@@ -76,8 +77,8 @@ def supports(dtype: torch.dtype, device: torch.device) -> bool:
 def lay_out(model: nn.Module, layers: Sequence[nn.Module], run: Callable[[], Tensor]) -> bool:
     """Lay out the weights of a frozen model's linear layers, of those that the kernel knows and that it pays for.
 
-    layers: nn.Linear whose forward is `forward`. run: a forward of the model, which must give what it gave before, up
-    to rounding; else all is put back. A weight that is another module's too (a tied embedding) stays beside its strips.
+    layers: nn.Linear and transformers' Conv1D whose forward is `forward`. run: a forward of the model, which must give
+    what it gave before, up to rounding; else all is put back. A weight that is another module's too (a tied embedding) stays beside its strips.
     Returns whether anything is laid out.
     """
     chosen = [layer for layer in layers if _pays(layer)]
@@ -99,14 +100,19 @@ def put_back(layer: nn.Module) -> None:
     """Give a layer its weight as it was loaded, if it is laid out."""
     strips: Strips | None = layer.__dict__.pop(_STRIPS, None)
     if strips is not None and layer.weight.is_meta:
-        layer.weight = nn.Parameter(strips.weight(), requires_grad=False)
+        layer.weight = nn.Parameter(_turned(layer, strips.weight()).contiguous(), requires_grad=False)
 
 
 def _lay_out(layer: nn.Module, *, keeps_weight: bool) -> None:
     weight: Tensor = layer.weight  # type: ignore[assignment]  # nn.Module types attributes loosely
-    layer.__dict__[_STRIPS] = Strips.of(weight)
+    layer.__dict__[_STRIPS] = Strips.of(_turned(layer, weight))
     if not keeps_weight:
         layer.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+
+
+def _turned(layer: nn.Module, weight: Tensor) -> Tensor:
+    """From a layer's weight to (d_out, d_in), or back: Conv1D keeps it the other way round."""
+    return weight if isinstance(layer, nn.Linear) else weight.mT
 
 
 def _pays(layer: nn.Module) -> bool:
@@ -129,11 +135,14 @@ def _still_gives(run: Callable[[], Tensor], expected: Tensor, tolerance: float) 
     return bool((found - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1.0))
 
 
-def forward(layer: nn.Linear, input: Tensor) -> Tensor:  # noqa: A002  # nn.Linear's name for it
-    """What nn.Linear's own forward gives: x W^T + b."""
+def forward(layer: Any, input: Tensor) -> Tensor:  # noqa: A002  # nn.Linear's name for it
+    """What the layer's own forward gives: x W^T + b."""
     strips: Strips | None = layer.__dict__.get(_STRIPS)
-    if strips is None:
+    if strips is None and isinstance(layer, nn.Linear):
         return _as_loaded(input, layer.weight, layer.bias)
+    if strips is None:
+        own: Tensor = type(layer).__mro__[1].forward(layer, input)  # type: ignore[attr-defined]  # below its site's
+        return own
     if _can(input, strips, layer.bias):
         return linear(input, strips, layer.bias)
     return F.linear(input, strips.weight(), layer.bias)

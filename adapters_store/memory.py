@@ -50,7 +50,7 @@ _current = _Current()
 
 @contextmanager
 def side_by_side(nbytes: int) -> Iterator[None]:
-    """While inside, what this thread takes with `empty` lies in one run of about so many bytes, if they fill a page."""
+    """While inside, what this thread takes with `zeros` lies in one run of about so many bytes, if they fill a page."""
     before, _current.run = _current.run, _Run(nbytes) if nbytes >= HUGE else None
     try:
         yield
@@ -58,8 +58,8 @@ def side_by_side(nbytes: int) -> Iterator[None]:
         _current.run = before
 
 
-def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """A contiguous tensor on the CPU whose numbers are anything; in the current run while that has room."""
+def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor of zeros on the CPU; in the current run while that has room."""
     run = _current.run
     found = run.take(shape, dtype) if run else None
-    return torch.empty(shape, dtype=dtype) if found is None else found
+    return torch.zeros(shape, dtype=dtype) if found is None else found

@@ -119,9 +119,9 @@ class Sites(Mapping[str, Site]):
 
     @property
     def linear_layers(self) -> list[nn.Module]:
-        """The nn.Linear among them, in the backbone's order."""
+        """Those whose own output linear.py computes, in the backbone's order."""
         modules = (site.place.module for site in self._sites.values())
-        return [module for module in modules if type(module).__mro__[1] is nn.Linear]
+        return [module for module in modules if _is_plain_linear(type(module).__mro__[1])]
 
     def _swap_all(self) -> None:
         for name, module in self.backbone.named_modules():
@@ -211,9 +211,14 @@ class Sites(Mapping[str, Site]):
 
 def _forward_of(module: nn.Module) -> Callable[..., Any]:
     """What computes a module's own output: a kernel's where it gives the same."""
-    if type(module) is nn.Linear:
+    if _is_plain_linear(type(module)):
         return linear.forward
     return rms_norm.forward if is_norm(module) and rms_norm.serves(module) else type(module).forward
+
+
+def _is_plain_linear(cls: type[nn.Module]) -> bool:
+    """True for nn.Linear and transformers' Conv1D, whose subclasses may do something else."""
+    return cls is nn.Linear or (cls.__name__ == "Conv1D" and cls.__bases__ == (nn.Module,))
 
 
 @functools.cache

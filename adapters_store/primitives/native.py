@@ -47,7 +47,7 @@ class NativePair:
         a[:, :rank] = A.mT
         b = B.float().mT
         pair = (_paired(a), _paired(b)) if paired else (a, b)
-        a, b = (memory.empty(*rows.shape, dtype=rows.dtype).copy_(rows) for rows in pair)
+        a, b = (memory.zeros(*rows.shape, dtype=rows.dtype).copy_(rows) for rows in pair)
         return NativePair(a, b, rank)
 
     def unpaired(self) -> Pair | None:

@@ -8,6 +8,8 @@ through torch's fused attention (`attend_chunk`, the specification) over their s
 
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,19 +63,36 @@ class KVMemory:
         return sum(part[0].nbytes for layer in self.layers.values() for part in layer)
 
 
+class KeptError(Exception):
+    """Keys and values are kept, and nothing else was wanted."""
+
+
 class PagedAttention:
-    """What packing.attending runs during one step."""
+    """What packing.attending runs during one step. plan: of the tokens that come; may change between layers."""
 
     def __init__(self, memory: KVMemory, plan: Plan) -> None:
-        self._memory, self._plan = memory, plan
+        self._memory, self.plan = memory, plan
+        self._is_keeping = False
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """While inside, keys and values are kept, and the forward ends there with KeptError."""
+        self._is_keeping = True
+        try:
+            yield
+        finally:
+            self._is_keeping = False
 
     def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring) -> Tensor:
         """See packing.Attend; the new keys and values are kept."""
         layer: Any = module.layer_idx
         keys, values = self._memory.layer(int(layer), key, value)
-        start = self._plan.num_singles
+        if self._is_keeping:
+            self._keep(key, value, keys, values, 0)
+            raise KeptError
+        start = self.plan.num_singles
         pieces = [self._singles(query[:, :start], key, value, keys, values, scoring)]
-        for chunk in self._plan.chunks[start:]:
+        for chunk in self.plan.chunks[start:]:
             tokens = slice(start, start + chunk.count)
             new = query[:, tokens], key[:, tokens], value[:, tokens]
             pieces.append(self._chunk(chunk, *new, keys, values, scoring))
@@ -84,28 +103,38 @@ class PagedAttention:
         self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, scoring: Scoring
     ) -> Tensor:
         """Keep all new keys and values; (singles, heads, d_v) of the tokens that are alone in their chunks."""
-        plan, start = self._plan, self._plan.num_singles
+        plan, start = self.plan, self.plan.num_singles
         kernels = _gpu_kernels(keys.dtype, keys.device)
+        is_native = not kernels and native_attention.supports(keys.dtype, keys.device)
+        if not is_native or start < plan.num_tokens:
+            self._keep(key, value, keys, values, start if is_native else 0)
         if kernels:
-            kernels.append(key, value, keys, values, plan.places)
             mixed: Tensor = kernels.attend(query.transpose(0, 1), keys, values, plan.tables, plan.lengths, scoring)
             return mixed
-        if not native_attention.supports(keys.dtype, keys.device):
-            store(keys, key, plan.places)
-            store(values, value, plan.places)
+        if not is_native:
             attend = attend_rows if keys.device.type == "cpu" else attend_padded
             return attend(query.transpose(0, 1), keys, values, plan.tables, plan.lengths, scoring)
-        if start < plan.num_tokens:
-            native_attention.append(key[:, start:], value[:, start:], keys, values, plan.places[start:])
-        return native_attention.decode(
+        return native_attention.decode(  # keeps theirs itself
             query, key[:, :start], value[:, :start], keys, values, plan.tables, plan.lengths, scoring
         )
+
+    def _keep(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, start: int) -> None:
+        """Keep the keys and values of the tokens from `start` on."""
+        key, value, places = key[:, start:], value[:, start:], self.plan.places[start:]
+        kernels = _gpu_kernels(keys.dtype, keys.device)
+        if kernels:
+            kernels.append(key, value, keys, values, places)
+        elif native_attention.supports(keys.dtype, keys.device):
+            native_attention.append(key, value, keys, values, places)
+        else:
+            store(keys, key, places)
+            store(values, value, places)
 
     def _chunk(
         self, chunk: Chunk, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, scoring: Scoring
     ) -> Tensor:
         """(count, heads, d_v) of a chunk, kept already: causal behind what its sequence had before."""
-        pages = self._plan.pages(chunk)
+        pages = self.plan.pages(chunk)
         if native_attention.supports(keys.dtype, keys.device):
             return native_attention.prefill(query, keys, values, pages, chunk.end, scoring)
         if chunk.past:

@@ -8,6 +8,7 @@ that cannot be right is refused by name.
 import inspect
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from adapters_store.packing import PACKED, attending
 from server.generation import native_attention
 from server.generation.attention import KVMemory, PagedAttention
 from server.generation.graphs import GraphedDecode, StepBuffers
+from server.generation.narrowing import last_block, narrowing
 from server.generation.padded import PagedCache
 from server.generation.pages import PAGE, PagePool, pages_for
 from server.generation.plan import Chunk, Plan
@@ -46,7 +48,8 @@ class Decoder:
         self._last: tuple[list[tuple[int, Mix | None]], MixedBatch] | None = None
         self.graphs: GraphedDecode | None = None
         self.forward_s = 0.0  # spent in the model, in all
-        self.memory = self._probed(config)
+        self._last_block = last_block(self.encoder) if self.is_packed else None
+        self.memory = self._probed_narrow(config) or self._probed(config)
         num_pages = kv_bytes // self.memory.page_bytes
         self.max_length = min(max_length or self.encoder.max_length, self.encoder.max_length, num_pages * PAGE)
         if self.max_length < PAGE:
@@ -74,6 +77,11 @@ class Decoder:
         return native_attention.status().detail
 
     @property
+    def is_narrowed(self) -> bool:
+        """True if the last block runs for the tokens that choose only (narrowing.py)."""
+        return self._last_block is not None
+
+    @property
     def num_embeddings(self) -> int:
         """Token ids that the model can read: 0 to this, exclusive."""
         model: Any = self.encoder.model
@@ -90,10 +98,12 @@ class Decoder:
         return logits
 
     def _eager(self, plan: Plan) -> Tensor:
-        run = self._packed if self.is_packed else self._padded
-        hidden = run(plan)
-        rows = torch.tensor(plan.choosing, device=hidden.device)
-        return self.language.logits(hidden.index_select(0, rows)) if plan.choosing else hidden.new_zeros(0, 1).float()
+        hidden = self._packed(plan) if self.is_packed else self._padded(plan)
+        if not plan.choosing:
+            return hidden.new_zeros(0, 1).float()
+        if len(hidden) > len(plan.choosing):
+            hidden = hidden.index_select(0, torch.tensor(plan.choosing, device=hidden.device))
+        return self.language.logits(hidden)
 
     def _over_buffers(self, buffers: StepBuffers, batch: MixedBatch) -> Tensor:
         """(rows, vocab_size) float32 behind each row; launches only, nothing waits for the device."""
@@ -104,9 +114,12 @@ class Decoder:
         return self.language.logits(hidden)
 
     def _packed(self, plan: Plan) -> Tensor:
-        """(tokens, d) hidden states in one forward."""
-        batch = self._batch(plan.rows)
-        with self.encoder.sites.mixing(batch), attending(PagedAttention(self.memory, plan)):
+        """(tokens, d) hidden states in one forward, or (choosers, d) where the last block is narrowed."""
+        batch, attention = self._batch(plan.rows), PagedAttention(self.memory, plan)
+        narrow: AbstractContextManager[None] = nullcontext()
+        if self._last_block is not None and plan.num_tokens > len(plan.choosing):
+            narrow = narrowing(self._last_block, self.encoder, attention)
+        with self.encoder.sites.mixing(batch), attending(attention), narrow:
             positions = plan.positions[None] + self.encoder.first_position
             return self._model(input_ids=plan.ids[None], position_ids=positions, use_cache=False)
 
@@ -141,6 +154,15 @@ class Decoder:
         model: Any = self.encoder.model
         hidden: Tensor = model(**inputs).last_hidden_state
         return hidden.flatten(0, 1)
+
+    def _probed_narrow(self, config: Any) -> KVMemory | None:
+        """The same as `_probed`; None where it holds for the whole last block only, if at all."""
+        if self._last_block is not None:
+            try:
+                return self._probed(config)
+            except UnsupportedError:
+                self._last_block = None
+        return None
 
     def _probed(self, config: Any) -> KVMemory:
         """Memory as the probe left it, which tells the size of a page. Raises UnsupportedError."""

@@ -35,9 +35,10 @@ class Chunk:
 class Plan:
     """Chunks in the order of the forward: those of one token by composition, then the longer ones."""
 
-    def __init__(self, chunks: Sequence[Chunk], device: torch.device) -> None:
+    def __init__(self, chunks: Sequence[Chunk], device: torch.device, *, keeps_order: bool = False) -> None:
         singles = [chunk for chunk in chunks if chunk.count == 1]
-        singles.sort(key=_by_mix)  # neighbours under one mix share the work of reading its adapters
+        if not keeps_order:
+            singles.sort(key=_by_mix)  # neighbours under one mix share the work of reading its adapters
         self.chunks = singles + [chunk for chunk in chunks if chunk.count > 1]
         self.num_singles = len(singles)
         self.device = device
@@ -99,6 +100,16 @@ class Plan:
         """Indices in the forward of the tokens behind which a new one is chosen, in the order of `chunks`."""
         ends = np.cumsum([chunk.count for chunk in self.chunks]).tolist()
         return [end - 1 for end, chunk in zip(ends, self.chunks, strict=True) if chunk.is_last]
+
+    @cached_property
+    def choosers(self) -> "Plan":
+        """The last token of each chunk that is its sequence's last, in the order of `chunks`; of some chunk if none is.
+
+        Their keys and values are kept again.
+        """
+        ending = [chunk for chunk in self.chunks if chunk.is_last] or self.chunks[-1:]
+        singles = [Chunk(chunk.sequence, chunk.end - 1, 1) for chunk in ending]
+        return Plan(singles, self.device, keeps_order=True)
 
     def pages(self, chunk: Chunk) -> Tensor:
         """(pages,) int64 Pages of a chunk's sequence up to the chunk's end; made once, every layer asks for them."""

@@ -22,6 +22,7 @@ from transformers import (
     RoFormerConfig,
 )
 
+from adapters_store import linear
 from adapters_store.encoder import Encoder
 from tests.adapters_store.peft_cases import FAMILIES, GROUPED, SMALL, hidden_of
 
@@ -61,6 +62,23 @@ ROWS = [[(7 * i + n) % 90 + 4 for i in range(n)] for n in (30, 5, 41, 30)]
 def _both(family: str) -> tuple[torch.nn.Module, Encoder]:
     model = AutoModel.from_config(ALL[family]).eval()
     return model, Encoder(copy.deepcopy(model), pad_id=int(ALL[family].pad_token_id or 0))
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_laid_out_it_gives_the_same_or_is_put_back(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not linear.status().active:
+        pytest.skip(linear.status().detail)
+    monkeypatch.setattr(linear, "_MIN_WEIGHTS", 1)
+    _, encoder = _both(family)
+    poolings = ["mean", "cls", "last", "mean" if encoder.pooler is None else "pooler"]
+    expected = encoder.pool(ROWS, [None] * 4, poolings)
+
+    encoder.lay_out()
+
+    assert encoder.is_laid_out
+    torch.testing.assert_close(encoder.pool(ROWS, [None] * 4, poolings), expected, atol=1e-4, rtol=1e-4)
+    encoder.sites.detach()
+    assert not any(parameter.is_meta for parameter in encoder.model.parameters())
 
 
 @pytest.mark.parametrize("family", ALL)

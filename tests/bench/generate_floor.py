@@ -1,6 +1,7 @@
 """What no exact implementation goes below on one thread of this machine: prompts' arithmetic, reading while decoding.
 
-Prompts: their multiply-adds at the speed of the fastest matrix product measured here. A decoding step, of which there
+Prompts: their multiply-adds at the speed of the fastest matrix product measured here, of the last layer for each token
+but the last those of its keys and values only. A decoding step, of which there
 are as many as the longest completion: the longer of its own multiply-adds at that speed and of reading all weights and
 the factors of the adapters in use once from memory. Attention, norms, sampling and all overhead count as nothing, and
 so does what a machine loses where one phase goes over into the other; a scheduler that decodes within prompts' steps
@@ -30,13 +31,21 @@ def shapes(hidden: int) -> list[tuple[int, int]]:
     return [*attention, (hidden, wide), (hidden, wide), (wide, hidden)]
 
 
+def _behind_keys(hidden: int) -> list[tuple[int, int]]:
+    """Those of a layer that its keys and values do not need."""
+    query, _key, _value, *others = shapes(hidden)
+    return [query, *others]
+
+
 def floor(hidden: int, itemsize: int, count: int, top_k: int, flops: float, bandwidth: float) -> dict[str, float]:
     """Seconds of prompts and of decoding. flops, bandwidth: of one thread, per second."""
     requests, mixes = requests_of(count), compositions(count, top_k)
     weights = LAYERS * sum(d_in * d_out for d_in, d_out in shapes(hidden))
     factors = LAYERS * RANK * sum(d_in + d_out for d_in, d_out in shapes(hidden))  # of one adapter
     head, of_token = VOCABULARY * hidden, 2 * (weights + top_k * factors)
-    prompts = sum(len(request.ids) for request in requests) * of_token + 2 * count * head
+    unread = 2 * sum(d_in * d_out + top_k * RANK * (d_in + d_out) for d_in, d_out in _behind_keys(hidden))
+    tokens = sum(len(request.ids) for request in requests)
+    prompts = tokens * of_token - (tokens - count) * unread + 2 * count * head
     decoding = 0.0
     for step in range(1, max(request.new_tokens for request in requests)):
         active = [i for i, request in enumerate(requests) if request.new_tokens > step]

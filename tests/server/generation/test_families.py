@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from adapters_store import linear
 from adapters_store.errors import UnsupportedError
 from adapters_store.language import LanguageModel
 from server.generation import native_attention
@@ -49,6 +50,23 @@ def test_together_they_are_what_generate_gives_each_alone(family: str, step_toke
     assert len({token for row in expected(family) for token in row}) > 10, "the model does not repeat itself"
     assert batcher.pool.num_held == 0
     assert (batcher.counters.preemptions > 0) == (pages == 7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_laid_out_for_the_cpu_a_family_still_does(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not linear.status().active:
+        pytest.skip(linear.status().detail)
+    monkeypatch.setattr(linear, "_MIN_WEIGHTS", 1)
+    language = LanguageModel(causal(family))
+    assert language.lay_out()
+    batcher = Batcher(decoder_of(language), step_tokens=64, max_sequences=6)
+    sequences = [sequence(prompt, 6 + 3 * i) for i, prompt in enumerate(prompts(0))]
+    for one in sequences:
+        batcher.add(one)
+
+    finish(batcher)
+
+    assert [output(one) for one in sequences] == expected(family)
 
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
