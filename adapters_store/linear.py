@@ -78,7 +78,8 @@ def lay_out(model: nn.Module, layers: Sequence[nn.Module], run: Callable[[], Ten
     """Lay out the weights of a frozen model's linear layers, of those that the kernel knows and that it pays for.
 
     layers: nn.Linear and transformers' Conv1D whose forward is `forward`. run: a forward of the model, which must give
-    what it gave before, up to rounding; else all is put back. A weight that is another module's too (a tied embedding) stays beside its strips.
+    what it gave before, up to rounding; else all is put back. A weight that is another module's too (a tied embedding)
+    stays beside its strips.
     Returns whether anything is laid out.
     """
     chosen = [layer for layer in layers if _pays(layer)]
