@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from adapters_store import linear
+from adapters_store import linear_layers
 from adapters_store.errors import UnsupportedError
 from adapters_store.mixing import Mix, MixedBatch
 from adapters_store.packing import PACKED, packed, runs_of
@@ -167,11 +167,11 @@ class Encoder:
 
     @torch.no_grad()
     def lay_out(self) -> bool:
-        """Lay out the weights of linear layers for the CPU's kernel (linear.py): for serving, when none is trained.
+        """Lay out linear layers for the CPU's kernel (linear_layers.py): for serving, where no weight is trained.
 
         Returns whether any are laid out.
         """
-        self.is_laid_out = linear.lay_out(self.model, self.sites.linear_layers, self.run_probe)
+        self.is_laid_out = linear_layers.lay_out(self.model, self.sites.linear_layers, self.run_probe)
         return self.is_laid_out
 
     def run_probe(self) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters_store import linear
+from adapters_store import linear_layers
 from adapters_store.encoder import Encoder, Rows
 from adapters_store.errors import UnsupportedError
 from adapters_store.mixing import Mix
@@ -43,20 +43,17 @@ class LanguageModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """(n, vocab_size) float32 of hidden states (n, hidden_size)."""
         layer = self._projection
-        projected = linear.forward(layer, hidden) if type(layer) is nn.Linear else layer(hidden)
+        projected = linear_layers.forward(layer, hidden) if type(layer) is nn.Linear else layer(hidden)
         logits: Tensor = projected.float() * self._factor
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
 
     @torch.no_grad()
     def lay_out(self) -> bool:
-        """Lay out the weights of backbone and head for the CPU's kernel (linear.py): for serving, when none is trained.
-
-        Returns whether any are laid out.
-        """
-        head = [self._projection] if type(self._projection) is nn.Linear else []
-        layers = [*self.encoder.sites.linear_layers, *head]
-        self.encoder.is_laid_out = linear.lay_out(self.model, layers, lambda: self.logits(self.encoder.run_probe()))
-        return self.encoder.is_laid_out
+        """Lay out the linear layers of backbone and head for the CPU's kernel; see Encoder.lay_out."""
+        encoder, head = self.encoder, [self._projection] if type(self._projection) is nn.Linear else []
+        layers = [*encoder.sites.linear_layers, *head]
+        encoder.is_laid_out = linear_layers.lay_out(self.model, layers, lambda: self.logits(encoder.run_probe()))
+        return encoder.is_laid_out
 
     def logprobs(
         self, rows: Rows, mixes: Sequence[Mix | None], starts: Sequence[int], *, reference: bool = False,

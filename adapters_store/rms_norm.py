@@ -21,7 +21,7 @@ from adapters_store.compiled import Status
 
 _SOURCE = Path(__file__).with_name("rms_norm.c")
 _NAMES = {torch.float32: "rms_norm_f32", torch.bfloat16: "rms_norm_bf16"}
-_MIN_WIDTH = 256  # as in linear.py: small backbones, whose norms take no time, keep torch's own bits
+_MIN_WIDTH = 256  # as in linear_layers.py: small backbones, whose norms take no time, keep torch's own bits
 _SHARE = 64  # rows that are worth a thread
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adapters_store import linear, memory, rms_norm
+from adapters_store import linear_layers, memory, rms_norm
 from adapters_store.errors import KeysError, NoSiteError, UnknownSiteError
 from adapters_store.mixing import MixedBatch
 from adapters_store.places import blocks, is_linear, layers_by_name, widths
@@ -119,7 +119,7 @@ class Sites(Mapping[str, Site]):
 
     @property
     def linear_layers(self) -> list[nn.Module]:
-        """Those whose own output linear.py computes, in the backbone's order."""
+        """Those whose own output linear_layers.py computes, in the backbone's order."""
         modules = (site.place.module for site in self._sites.values())
         return [module for module in modules if _is_plain_linear(type(module).__mro__[1])]
 
@@ -142,7 +142,7 @@ class Sites(Mapping[str, Site]):
 
     def _release(self, name: str) -> None:
         module = self._sites.pop(name).place.module
-        linear.put_back(module)
+        linear_layers.put_back(module)
         module.__class__ = type(module).__mro__[1]
         del module.__dict__["_espalier_site"]
 
@@ -212,7 +212,7 @@ class Sites(Mapping[str, Site]):
 def _forward_of(module: nn.Module) -> Callable[..., Any]:
     """What computes a module's own output: a kernel's where it gives the same."""
     if _is_plain_linear(type(module)):
-        return linear.forward
+        return linear_layers.forward
     return rms_norm.forward if is_norm(module) and rms_norm.serves(module) else type(module).forward
 
 

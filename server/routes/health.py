@@ -8,6 +8,7 @@ from fastapi.responses import FileResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from adapters_store import linear
+from adapters_store.encoder import Encoder
 from server import replies_schema as said
 from server.generation.generator import Generator
 from server.generation.pages import PAGE
@@ -41,13 +42,21 @@ def _details(service: Service) -> dict[str, Any]:
         "device": str(encoder.device),
         "forward": "packed" if encoder.is_packed else "padded",
         "operator_path": service.operator_path,
-        "linear_path": linear.status().detail if encoder.device.type == "cpu" else f"torch on {encoder.device}",
+        "linear_path": _linear_path(encoder),
         "adapters": len(service.catalog.manifests),
         "tasks": len(service.catalog.tasks),
         "graph_version": service.catalog.graph_version,
         "generation": _generation(service.generator, service.settings.prefix_cache) if service.generator else None,
         "refused": service.problems,
     }
+
+
+def _linear_path(encoder: Encoder) -> str:
+    if encoder.device.type != "cpu":
+        return f"torch on {encoder.device}"
+    if linear.status().active and not encoder.is_laid_out:
+        return "torch: the layers are small, or the model reads their weights past them"
+    return linear.status().detail
 
 
 def _generation(generator: Generator, prefix_cache: bool) -> dict[str, Any]:

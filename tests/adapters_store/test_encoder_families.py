@@ -22,7 +22,7 @@ from transformers import (
     RoFormerConfig,
 )
 
-from adapters_store import linear
+from adapters_store import linear, linear_layers
 from adapters_store.encoder import Encoder
 from tests.adapters_store.peft_cases import FAMILIES, GROUPED, SMALL, hidden_of
 
@@ -68,7 +68,7 @@ def _both(family: str) -> tuple[torch.nn.Module, Encoder]:
 def test_laid_out_it_gives_the_same_or_is_put_back(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if not linear.status().active:
         pytest.skip(linear.status().detail)
-    monkeypatch.setattr(linear, "_MIN_WEIGHTS", 1)
+    monkeypatch.setattr(linear_layers, "_MIN_WEIGHTS", 1)
     _, encoder = _both(family)
     poolings = ["mean", "cls", "last", "mean" if encoder.pooler is None else "pooler"]
     expected = encoder.pool(ROWS, [None] * 4, poolings)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from adapters_store import linear
+from adapters_store import linear, linear_layers
 from adapters_store.errors import UnsupportedError
 from adapters_store.language import LanguageModel
 from server.generation import native_attention
@@ -56,7 +56,7 @@ def test_together_they_are_what_generate_gives_each_alone(family: str, step_toke
 def test_laid_out_for_the_cpu_a_family_still_does(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if not linear.status().active:
         pytest.skip(linear.status().detail)
-    monkeypatch.setattr(linear, "_MIN_WEIGHTS", 1)
+    monkeypatch.setattr(linear_layers, "_MIN_WEIGHTS", 1)
     language = LanguageModel(causal(family))
     assert language.lay_out()
     batcher = Batcher(decoder_of(language), step_tokens=64, max_sequences=6)
