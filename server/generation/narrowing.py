@@ -27,22 +27,24 @@ def last_block(encoder: Encoder) -> nn.Module | None:
 @contextmanager
 def narrowing(block: nn.Module, encoder: Encoder, attention: PagedAttention) -> Iterator[None]:
     """While inside, the forward of a step ends with the states of its plan's choosers, (1, choosers, d)."""
-    own, plan = type(block).forward, attention.plan
+    own, plan, given = block.forward, attention.plan, vars(block).get("forward")
     rows = torch.tensor(plan.choosing or [plan.num_tokens - 1], device=encoder.device)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         with suppress(KeptError), attention.keeping():
-            own(block, *args, **kwargs)
+            own(*args, **kwargs)
         attention.plan = plan.choosers
         encoder.sites.batch = MixedBatch.of(plan.choosers.rows, encoder.num_layers, encoder.device)
         few = {name: _narrowed(value, plan.num_tokens, rows) for name, value in kwargs.items()}
-        return own(block, *(_narrowed(value, plan.num_tokens, rows) for value in args), **few)
+        return own(*(_narrowed(value, plan.num_tokens, rows) for value in args), **few)
 
     block.forward = forward
     try:
         yield
     finally:
         del block.forward
+        if given is not None:  # a hook of the model library's, say
+            block.forward = given
 
 
 def _narrowed(value: Any, num_tokens: int, rows: Tensor) -> Any:

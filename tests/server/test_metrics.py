@@ -3,9 +3,11 @@
 import re
 from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
+from adapters_store import linear
 from server.metrics import MAX_LABELS, Metrics
 from tests.server.conftest import Serve
 from tests.server.tools import held_engine, metric, service_of, until
@@ -120,3 +122,12 @@ def test_each_app_counts_for_itself(serve: Serve) -> None:
 
     assert metric(one, "espalier_rows_total") == 1
     assert metric(other, "espalier_rows_total") == 0
+
+
+def test_ready_says_what_multiplies_the_backbone(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tests' layers are too small to be laid out; a laid-out one names the kernel, or why there is none."""
+    assert client.get("/ready").json()["linear_path"].startswith("torch")
+
+    monkeypatch.setattr(service_of(client).backbone.encoder, "is_laid_out", True)
+
+    assert client.get("/ready").json()["linear_path"] == linear.status().detail
