@@ -21,10 +21,13 @@
 #endif
 
 #define PANEL 256     /* tokens of a panel at most; PANEL in panels.py */
-#define AT_ONCE 4     /* tokens that share one reading of a factor from the first-level cache */
+#define AT_ONCE 4     /* tokens that share one reading of B from the first-level cache */
+#define SHARING 8     /* tokens that share one reading of A, which fills that cache */
 #define CHUNK 128     /* columns of y worked on at a time: 16 rows of B as long stay in the first-level cache */
-#define STRIP 512     /* columns of y kept in float32 while they are summed, where y cannot hold sums */
+#define STRIP 512     /* columns of y kept in float32 while they are summed, where y cannot hold sums: at least, */
+#define SUMS 65536    /* or as many as make so many floats: long runs of B, and all in the second-level cache */
 #define ROWS 4        /* rows of B read side by side where few tokens use them: as many runs of memory */
+#define FEW 8         /* tokens that are few */
 #define AHEAD 4096    /* bytes of A until what is asked for now is used */
 
 /* Floats of one vector: longer than the processor's, the compiler would take them apart through memory. */
@@ -103,7 +106,7 @@ typedef struct {
     int64_t ahead;       /* bytes from what is read of b to what is asked for meanwhile */
 } addends;
 
-/* The two products of a kernel, for 1 to AT_ONCE tokens. */
+/* The two products of a kernel, for 1 to SHARING and 1 to AT_ONCE tokens. */
 typedef struct {
     /* hidden[t][0:lanes] = weights[t] * A x[t]; next: what is read after A, NULL if A was just read */
     void (*shrink)(int64_t tokens, const void *const *x, int64_t d_in, const entry *adapter, const float *weights,
@@ -166,25 +169,25 @@ INLINE int64_t turn_of(int64_t d_in, int64_t row_bytes, const char *next) {
     return next ? d_in - least(d_in, AHEAD / row_bytes) : INT64_MAX;
 }
 
-/* `tokens` is a compile-time constant here and below. Four sums, each of every fourth column, because one chain of
+/* `tokens` is a compile-time constant here and below. Two sums, each of every other column, because one chain of
  * additions would wait for itself where a single token is served. */
 #define SHRINK(NAME, VECTOR, FUSED)                                                                                  \
     INLINE void NAME(int tokens, const void *const *x, int64_t d_in, const float *a, int64_t lanes,                  \
                      const float *weights, float *hidden, const char *next) {                                        \
-        const float *rows[AT_ONCE];                                                                                  \
-        VECTOR sum[4][AT_ONCE], all[AT_ONCE];                                                                        \
+        const float *rows[SHARING];                                                                                  \
+        VECTOR sum[2][SHARING], all[SHARING];                                                                        \
         UNROLL for (int t = 0; t < tokens; t++) rows[t] = x[t];                                                      \
-        UNROLL for (int s = 0; s < 4; s++) UNROLL for (int t = 0; t < tokens; t++) sum[s][t] = (VECTOR){0};          \
+        UNROLL for (int s = 0; s < 2; s++) UNROLL for (int t = 0; t < tokens; t++) sum[s][t] = (VECTOR){0};          \
         int64_t i = 0, turn = turn_of(d_in, 4 * lanes, next), ahead = next ? AHEAD : 0;                              \
-        for (; i + 4 <= d_in; i += 4) {                                                                              \
+        for (; i + 2 <= d_in; i += 2) {                                                                              \
             if (i >= turn) ahead = next - (const char *)(a + i * lanes), turn = INT64_MAX;                           \
-            UNROLL for (int s = 0; s < 4; s++) {                                                                     \
+            UNROLL for (int s = 0; s < 2; s++) {                                                                     \
                 VECTOR row = *(const VECTOR *)(a + (i + s) * lanes);                                                 \
                 __builtin_prefetch((const char *)(a + (i + s) * lanes) + ahead, 0, 2);                               \
                 UNROLL for (int t = 0; t < tokens; t++) sum[s][t] = FUSED(row, rows[t][i + s], sum[s][t]);           \
             }                                                                                                        \
         }                                                                                                            \
-        UNROLL for (int t = 0; t < tokens; t++) all[t] = (sum[0][t] + sum[1][t]) + (sum[2][t] + sum[3][t]);          \
+        UNROLL for (int t = 0; t < tokens; t++) all[t] = sum[0][t] + sum[1][t];                                      \
         for (; i < d_in; i++) {                                                                                      \
             VECTOR row = *(const VECTOR *)(a + i * lanes);                                                           \
             UNROLL for (int t = 0; t < tokens; t++) all[t] = FUSED(row, rows[t][i], all[t]);                         \
@@ -206,12 +209,22 @@ INLINE void shrink_some(int tokens, const void *const *x, int64_t d_in, const en
             shrink_lanes(tokens, x, d_in, (const float *)adapter->a + j, adapter->lanes, weights, hidden + j, next);
 }
 
+/* Calls F(1, …) to F(8, …), each with its number of tokens as a constant. */
+#define BY_TOKENS(F, tokens, ...)                                                                                    \
+    switch (tokens) {                                                                                                \
+        case 1: F(1, __VA_ARGS__); break;                                                                            \
+        case 2: F(2, __VA_ARGS__); break;                                                                            \
+        case 3: F(3, __VA_ARGS__); break;                                                                            \
+        case 4: F(4, __VA_ARGS__); break;                                                                            \
+        case 5: F(5, __VA_ARGS__); break;                                                                            \
+        case 6: F(6, __VA_ARGS__); break;                                                                            \
+        case 7: F(7, __VA_ARGS__); break;                                                                            \
+        default: F(8, __VA_ARGS__);                                                                                  \
+    }
+
 static void shrink(int64_t tokens, const void *const *x, int64_t d_in, const entry *adapter, const float *weights,
                    float *hidden, const char *next) {
-    if (tokens == 4) shrink_some(4, x, d_in, adapter, weights, hidden, next);
-    else if (tokens == 3) shrink_some(3, x, d_in, adapter, weights, hidden, next);
-    else if (tokens == 2) shrink_some(2, x, d_in, adapter, weights, hidden, next);
-    else shrink_some(1, x, d_in, adapter, weights, hidden, next);
+    BY_TOKENS(shrink_some, tokens, x, d_in, adapter, weights, hidden, next)
 }
 
 /* From column c on as many vectors, each of n columns: LANES, or fewer in the last one of a ragged row. */
@@ -265,13 +278,14 @@ static void expand(int64_t tokens, int half, char *const *y, int64_t c, int64_t 
 typedef struct {
     const site *here;
     const arithmetic *by;
-    int64_t first_token, tokens, uses;
+    int64_t first_token, tokens;
     const void *x[PANEL]; /* where the x of each token lies, */
     char *y[PANEL];       /* and its y */
     int64_t num_parts;
     part *parts;   /* in the order of slots; those whose adapters touch this site */
     float *copies; /* (tokens, d_in) where x is copied */
-    float *sums;   /* (tokens, STRIP) where y cannot hold sums */
+    int64_t strip; /* columns */
+    float *sums;   /* (tokens, strip) where y cannot hold sums */
 } panel;
 
 /* What is read after a part's A: the next one's, behind the last the first b. */
@@ -281,9 +295,9 @@ INLINE const char *after_a(const panel *now, const part *p) {
 
 static void shrink_part(const panel *now, const part *p) {
     for (int64_t u = 0, n; u < p->num_uses; u += n) {
-        n = least(p->num_uses - u, AT_ONCE);
-        const void *x[AT_ONCE];
-        float weights[AT_ONCE];
+        n = least(p->num_uses - u, SHARING);
+        const void *x[SHARING];
+        float weights[SHARING];
         for (int64_t t = 0; t < n; t++) {
             x[t] = now->x[p->uses[2 * (u + t)] - now->first_token];
             weights[t] = now->here->weights[p->uses[2 * (u + t) + 1]];
@@ -326,24 +340,24 @@ static void expand_parts(const panel *now, int half, char *const *y, const part 
     }
 }
 
-/* The same for one part that few tokens use: its b is read row by row, as it lies, and y, which holds floats, over and
- * over. */
+/* The same for one part that few tokens use: its b is read a few rows at a time, as they lie, and y, which holds
+ * floats, over and over. */
 static void expand_few(const panel *now, char *const *y, const part *p, int64_t shift, int64_t columns) {
     const int64_t num_rows = rows_of(now, p), row_bytes = 4 * now->here->d_out;
-    addends add = {p, 1, 0, shift, now->here->d_out, 0, ROWS, ROWS * row_bytes};
-    char *rows[AT_ONCE];
+    const part *next = p + 1 < now->parts + now->num_parts ? p + 1 : p;
+    char *rows[FEW];
     for (int64_t t = 0; t < p->num_uses; t++) rows[t] = y[p->uses[2 * t] - now->first_token];
-    for (; add.first < num_rows; add.first += ROWS) {
-        if (add.first + ROWS >= num_rows) { /* its last rows: the next part's first */
-            const part *next = p + 1 < now->parts + now->num_parts ? p + 1 : p;
-            add.ahead = (const char *)next->adapter->b - ((const char *)p->adapter->b + add.first * row_bytes);
-        }
-        now->by->expand(p->num_uses, 0, rows, 0, columns, &add);
+    for (int64_t first = 0; first < num_rows; first += ROWS) {
+        const char *from = (const char *)p->adapter->b + first * row_bytes; /* behind the last rows come the next b's */
+        const char *soon = first + ROWS < num_rows ? from + ROWS * row_bytes : (const char *)next->adapter->b;
+        addends add = {p, 1, 0, shift, now->here->d_out, first, ROWS, soon - from};
+        for (int64_t n; (n = least(p->num_uses - add.at, AT_ONCE)) > 0; add.at += n, add.ahead = 0)
+            now->by->expand(n, 0, rows + add.at, 0, columns, &add);
     }
 }
 
 INLINE void expand_part(const panel *now, int half, char *const *y, const part *p, int64_t shift, int64_t columns) {
-    if (!half && p->num_uses <= AT_ONCE) expand_few(now, y, p, shift, columns);
+    if (!half && p->num_uses <= FEW) expand_few(now, y, p, shift, columns);
     else expand_parts(now, half, y, p, 1, shift, columns);
 }
 
@@ -352,9 +366,9 @@ INLINE void expand_part(const panel *now, int half, char *const *y, const part *
 static void expand_in_strips(const panel *now) {
     const site *here = now->here;
     char *sums[PANEL];
-    for (int64_t t = 0; t < now->tokens; t++) sums[t] = (char *)(now->sums + t * STRIP);
-    for (int64_t c = 0; c < here->d_out; c += STRIP) {
-        int64_t columns = least(here->d_out - c, STRIP);
+    for (int64_t t = 0; t < now->tokens; t++) sums[t] = (char *)(now->sums + t * now->strip);
+    for (int64_t c = 0; c < here->d_out; c += now->strip) {
+        int64_t columns = least(here->d_out - c, now->strip);
         for (int64_t t = 0; t < now->tokens; t++) widen_row((uint16_t *)now->y[t] + c, columns, (float *)sums[t]);
         for (const part *p = now->parts; p < now->parts + now->num_parts; p++)
             expand_part(now, 0, sums, p, c, columns);
@@ -364,7 +378,7 @@ static void expand_in_strips(const panel *now) {
 
 static void expand_panel(const panel *now) {
     const part *end = now->parts + now->num_parts;
-    int half = now->by->half, same = now->tokens > AT_ONCE; /* same: all adapters are for all of many tokens */
+    int half = now->by->half, same = now->tokens > FEW; /* same: all adapters are for all of many tokens */
     for (const part *p = now->parts; p < end; p++) same &= p->num_uses == now->tokens;
     if (same) expand_parts(now, half, now->y, now->parts, now->num_parts, 0, now->here->d_out);
     else if (half) expand_in_strips(now);
@@ -413,9 +427,11 @@ static int prepare_and_run(const site *here, const arithmetic *by, int64_t index
     }
     if (hidden == 0) return 1;
     panel now = {here, by, .first_token = at[0], .tokens = at[2] - at[0]};
-    now.uses = groups[2 * num_groups + 1] - groups[1];
     int64_t parts = (num_groups * (int64_t)sizeof(part) + 63) / 64 * 64; /* whole lines */
-    int64_t sums = by->half ? now.tokens * STRIP : 0;
+    now.strip = SUMS / now.tokens / CHUNK * CHUNK;
+    if (now.strip < STRIP) now.strip = STRIP;
+    now.strip = least(now.strip, (here->d_out + LANES - 1) / LANES * LANES);
+    int64_t sums = by->half ? now.tokens * now.strip : 0;
     int64_t copies = by->half && !by->half_factors ? now.tokens * here->d_in : 0;
     char *room = scratch(parts + 4 * (sums + hidden + copies));
     if (!room) return 0;

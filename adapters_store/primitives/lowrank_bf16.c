@@ -17,15 +17,15 @@ INLINE int32_t pair_at(const uint16_t *x) {
 #define SHRINK_PAIRS(NAME, BITS, LOAD, STORE)                                                                        \
     INLINE void NAME(int tokens, const void *const *x, int64_t d_in, const uint16_t *a, int64_t lanes,               \
                      const float *weights, uint16_t *hidden, const char *next) {                                     \
-        const uint16_t *rows[AT_ONCE];                                                                               \
-        __m##BITS sum[4][AT_ONCE], all[AT_ONCE];                                                                     \
+        const uint16_t *rows[SHARING];                                                                               \
+        __m##BITS sum[2][SHARING], all[SHARING];                                                                     \
         UNROLL for (int t = 0; t < tokens; t++) rows[t] = x[t];                                                      \
-        UNROLL for (int s = 0; s < 4; s++)                                                                           \
+        UNROLL for (int s = 0; s < 2; s++)                                                                           \
             UNROLL for (int t = 0; t < tokens; t++) sum[s][t] = _mm##BITS##_setzero_ps();                            \
         int64_t i = 0, turn = turn_of(d_in, 2 * lanes, next), ahead = next ? AHEAD : 0;                              \
-        for (; i + 8 <= d_in; i += 8) {                                                                              \
+        for (; i + 4 <= d_in; i += 4) {                                                                              \
             if (i >= turn) ahead = next - (const char *)(a + i * lanes), turn = INT64_MAX;                           \
-            UNROLL for (int s = 0; s < 4; s++) {                                                                     \
+            UNROLL for (int s = 0; s < 2; s++) {                                                                     \
                 const void *from = a + (i + 2 * s) * lanes;                                                          \
                 __m##BITS##bh row = (__m##BITS##bh)LOAD(from);                                                       \
                 __builtin_prefetch((const char *)from + ahead, 0, 2);                                                \
@@ -35,12 +35,11 @@ INLINE int32_t pair_at(const uint16_t *x) {
             }                                                                                                        \
         }                                                                                                            \
         UNROLL for (int t = 0; t < tokens; t++)                                                                      \
-            all[t] = _mm##BITS##_add_ps(_mm##BITS##_add_ps(sum[0][t], sum[1][t]),                                    \
-                                        _mm##BITS##_add_ps(sum[2][t], sum[3][t]));                                   \
+            all[t] = _mm##BITS##_add_ps(sum[0][t], sum[1][t]);                                                       \
         for (; i < d_in; i += 2) {                                                                                   \
             __m##BITS##bh row = (__m##BITS##bh)LOAD((const void *)(a + i * lanes));                                  \
             UNROLL for (int t = 0; t < tokens; t++) {                                                                \
-                uint16_t last[2] = {rows[t][i], i + 1 < d_in ? rows[t][i + 1] : 0}; /* an odd row ends with a zero */ \
+                uint16_t last[2] = {rows[t][i], i + 1 < d_in ? rows[t][i + 1] : 0}; /* an odd row ends with a zero */\
                 all[t] = _mm##BITS##_dpbf16_ps(all[t], row, (__m##BITS##bh)_mm##BITS##_set1_epi32(pair_at(last)));   \
             }                                                                                                        \
         }                                                                                                            \
@@ -65,10 +64,7 @@ INLINE void shrink_some_pairs(int tokens, const void *const *x, int64_t d_in, co
 
 static void shrink_pairs(int64_t tokens, const void *const *x, int64_t d_in, const entry *adapter,
                          const float *weights, float *hidden, const char *next) {
-    if (tokens == 4) shrink_some_pairs(4, x, d_in, adapter, weights, hidden, next);
-    else if (tokens == 3) shrink_some_pairs(3, x, d_in, adapter, weights, hidden, next);
-    else if (tokens == 2) shrink_some_pairs(2, x, d_in, adapter, weights, hidden, next);
-    else shrink_some_pairs(1, x, d_in, adapter, weights, hidden, next);
+    BY_TOKENS(shrink_some_pairs, tokens, x, d_in, adapter, weights, hidden, next)
 }
 
 /* `mask` cuts the last vector of a ragged row. */
