@@ -1,9 +1,5 @@
 """The kernel gives x W^T + b in all shapes; a row never sees its neighbours or the threads."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +15,8 @@ from adapters_store.linear import Strips
 from tests.adapters_store.native_linear import DTYPES, needs_kernel
 from tests.strategies import light, randn
 from tests.tolerances import assert_same_bits
+from tests.without_kernel import said, without_kernel
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 STATUS = """
 import json, torch
@@ -165,20 +161,10 @@ def test_strips_hold_a_weight_bit_for_bit(d_out: int, d_in: int, dtype: torch.dt
     assert_same_bits(strips.weight(), weight)
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"), [({"ESPALIER_NATIVE": "0"}, "ESPALIER_NATIVE=0"), ({"PATH": ""}, "no C compiler")]
-)
+@without_kernel
 def test_without_a_kernel_torch_serves_and_the_status_says_why(
     tmp_path: Path, changes: dict[str, str], reason: str
 ) -> None:
-    environment = os.environ | {"ESPALIER_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)} | changes
-    environment.pop("CC", None)
-
-    answer = subprocess.run(
-        [sys.executable, "-c", STATUS], env=environment, capture_output=True, text=True, timeout=120
-    )
-
-    assert answer.returncode == 0, answer.stderr
-    active, detail, supported, is_laid_out, close = json.loads(answer.stdout.splitlines()[-1])
+    active, detail, supported, is_laid_out, close = said(STATUS, tmp_path, changes)
     assert (active, supported, is_laid_out, close) == (False, False, False, True)
     assert reason in detail

@@ -1,10 +1,6 @@
 """The C kernel gives what plain attention gives in all shapes; a row never sees its neighbours or the threads."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +17,8 @@ from server.generation.attention import attend_padded, attend_rows, store
 from server.generation.pages import PAGE, pages_for
 from tests.strategies import light, randn
 from tests.tolerances import assert_close, assert_same_bits
+from tests.without_kernel import said, without_kernel
 
-ROOT = Path(__file__).parents[3]
 HAS_COMPILER = any(map(shutil.which, ("cc", "gcc", "clang")))
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C compiler")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -304,20 +300,10 @@ def test_places_out_of_the_pages_are_refused_and_nothing_is_written() -> None:
     assert not pages.any()
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"), [({"ESPALIER_NATIVE": "0"}, "ESPALIER_NATIVE=0"), ({"PATH": ""}, "no C compiler")]
-)
+@without_kernel
 def test_without_a_kernel_nothing_is_supported_and_the_status_says_why(
     tmp_path: Path, changes: dict[str, str], reason: str
 ) -> None:
-    environment = os.environ | {"ESPALIER_CACHE": str(tmp_path), "PYTHONPATH": str(ROOT)} | changes
-    environment.pop("CC", None)
-
-    answer = subprocess.run(
-        [sys.executable, "-c", STATUS], env=environment, capture_output=True, text=True, timeout=120
-    )
-
-    assert answer.returncode == 0, answer.stderr
-    active, detail, supported = json.loads(answer.stdout.splitlines()[-1])
+    active, detail, supported = said(STATUS, tmp_path, changes)
     assert (active, supported) == (False, False)
     assert reason in detail
