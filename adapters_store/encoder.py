@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from adapters_store import linear_layers
+from adapters_store import linear_layers, rotary
 from adapters_store.errors import UnsupportedError
 from adapters_store.mixing import Mix, MixedBatch
 from adapters_store.packing import PACKED, packed, runs_of
@@ -34,6 +34,8 @@ class Encoder:
         self.sites = Sites(model, self.hidden_size, keeps_reference=keeps_reference)
         self.num_layers = self.sites.num_layers
         self.device, self.dtype = self.sites.device, self.sites.dtype
+        if self.device.type == "cpu":
+            rotary.install(model)
         self.pad_id = pad_id
         self.pooler = _take_pooler(model)
         self._accepts = set(inspect.signature(model.forward).parameters)

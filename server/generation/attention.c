@@ -2,8 +2,8 @@
  *
  *   out[row, h] = softmax(scale * query[h, row] . key[t]) value[t]   over the tokens t that the row sees
  *
- * One call serves one layer and all rows. Pages are read where they lie, once for all query heads of a key head, and
- * values are fetched while keys are worked on and the next keys while values are: memory is the limit, not arithmetic.
+ * One call serves one layer and all rows. Pages are read where they lie and in that order, once for all query heads of
+ * a key head, and what comes a little later is asked for meanwhile: memory is the limit, not arithmetic.
  *
  * A row's sums run in one order, whatever the other rows, the numbers of its pages and the threads are, so its result
  * is the same bit for bit. Arithmetic is float32; queries, keys, values and output are float32 or bfloat16.
@@ -14,6 +14,7 @@
 
 #define GROUP 8                           /* query heads done together at most */
 #define TOGETHER 32                       /* key heads of a task at most */
+#define AHEAD 8192                        /* bytes of keys or values until what is asked for now is read */
 #define SPACE (2 * GROUP * MAX_D / LANES) /* vectors that hold a task's queries and sums */
 
 /* Ask memory for a line, into the second-level cache: fewer can be on their way to the first than keep memory busy. */
@@ -46,7 +47,7 @@ INLINE void totals(const vec *x, float *to) {
 
 /* ---- scores ---- */
 
-/* A page's scores[h][0:PAGE] of `heads` query heads (a constant, 1, 2 or 4); its values are fetched meanwhile.
+/* A page's scores[h][0:PAGE] of `heads` query heads (a constant, 1, 2 or 4); `fetch` is fetched meanwhile.
  * query: (heads, lines). */
 INLINE void score(const int half, const int heads, const vec *query, int64_t lines, const char *keys, int64_t d,
                   float *scores, const char *fetch, int64_t fetch_bytes) {
@@ -190,36 +191,52 @@ INLINE void begin(const int half, const task *t, int64_t head, state *s, vec *sp
     }
 }
 
-/* The keys that are read after page p + i of a block that begins at page p: the next head's, or the next block's, or
- * the next task's first. Only a hint: any address is right. */
-INLINE const char *keys_ahead(const int half, const task *t, int64_t head, int64_t p, int64_t i) {
-    const call *c = t->c;
-    if (head + 1 < t->last) return page_at(half, c->keys, t->table[p + i], c->d, head + 1, c);
-    int64_t page = p + i + BLOCK_PAGES, row = t->row + (t->last == c->kv_heads);
-    if (page < t->pages) return page_at(half, c->keys, t->table[page], c->d, t->first, c);
-    if (row == c->rows) return c->keys;
-    page = first_seen(c, row) / PAGE + i;
-    if (page * PAGE >= c->lengths[row]) return c->keys;
-    return page_at(half, c->keys, c->tables[row * c->most + page], c->d, t->last % c->kv_heads, c);
+/* Keys are read, or values, page by page and in each head by head, as they lie in memory. What is read AHEAD bytes after
+ * one head's of page p, of pages up to `end`; then come those at `next`. Only a hint: any address is right. */
+INLINE const char *ahead(const int half, const task *t, char *pages, int64_t d, int64_t p, int64_t head, int64_t end,
+                         const char *next) {
+    const int64_t size = PAGE * d * SIZE(half);
+    for (int64_t left = AHEAD; left > 0; left -= size)
+        if (++head == t->last) head = t->first, p++;
+    if (p < end) return page_at(half, pages, t->table[p], d, head, t->c);
+    return next + ((p - end) * (t->last - t->first) + head - t->first) * size;
 }
 
-/* Pages p..p+count, at most BLOCK_PAGES, of one key head. */
-INLINE void attend_block(const int half, const task *t, int64_t head, int64_t p, int64_t count, state *s) {
+/* The keys that are read after the block that ends at page p: the next block's, or the next task's. */
+INLINE const char *keys_behind(const int half, const task *t, int64_t p) {
     const call *c = t->c;
-    float scores[GROUP * BLOCK];
-    for (int64_t i = 0; i < count; i++)
-        score_heads(half, t->heads, s->query, t->lines, page_at(half, c->keys, t->table[p + i], c->d, head, c), c->d,
-                    scores + i * PAGE, page_at(half, c->values, t->table[p + i], c->d_v, head, c),
-                    c->d_v * SIZE(half));
-    for (int64_t h = 0; h < t->heads; h++) {
-        float fade = weigh(scores + h * BLOCK, count, p * PAGE, t->start, t->end, c, s->most + h, s->sum + h);
-        for (int64_t v = 0; v < t->width; v++) s->mixed[h * t->width + v] *= fade;
-    }
-    for (int64_t i = 0; i < count; i++) {
-        int64_t first = t->start - (p + i) * PAGE, last = t->end - (p + i) * PAGE; /* tokens of the page it sees */
-        mix_heads(half, t->heads, scores + i * PAGE, page_at(half, c->values, t->table[p + i], c->d_v, head, c),
-                  first > 0 ? first : 0, last < PAGE ? last : PAGE, c->d_v, s->mixed, t->width,
-                  keys_ahead(half, t, head, p, i), c->d * SIZE(half));
+    if (p < t->pages) return page_at(half, c->keys, t->table[p], c->d, t->first, c);
+    const int64_t row = t->row + (t->last == c->kv_heads);
+    if (row == c->rows) return c->keys;
+    return page_at(half, c->keys, c->tables[row * c->most + first_seen(c, row) / PAGE], c->d, t->last % c->kv_heads, c);
+}
+
+/* Pages p..end of a task, at most BLOCK_PAGES, whose scores are made before their values are read. */
+INLINE void attend_block(const int half, const task *t, int64_t p, int64_t end, state *states) {
+    const call *c = t->c;
+    const int64_t key = c->d * SIZE(half), value = c->d_v * SIZE(half), apart = t->heads * BLOCK;
+    const char *values = page_at(half, c->values, t->table[p], c->d_v, t->first, c), *next = keys_behind(half, t, end);
+    float scores[TOGETHER * GROUP * BLOCK]; /* (heads of the task, query heads of each, BLOCK) */
+    for (int64_t i = p; i < end; i++)
+        for (int64_t head = t->first; head < t->last; head++)
+            score_heads(half, t->heads, states[head - t->first].query, t->lines,
+                        page_at(half, c->keys, t->table[i], c->d, head, c), c->d,
+                        scores + (head - t->first) * apart + (i - p) * PAGE,
+                        ahead(half, t, c->keys, c->d, i, head, end, values), key);
+    for (int64_t n = 0; n < t->last - t->first; n++)
+        for (int64_t h = 0; h < t->heads; h++) {
+            float *own = scores + n * apart + h * BLOCK;
+            state *s = states + n;
+            float fade = weigh(own, end - p, p * PAGE, t->start, t->end, c, s->most + h, s->sum + h);
+            for (int64_t v = 0; v < t->width; v++) s->mixed[h * t->width + v] *= fade;
+        }
+    for (int64_t i = p; i < end; i++) {
+        const int64_t first = t->start - i * PAGE, last = t->end - i * PAGE; /* tokens of the page that it sees */
+        for (int64_t head = t->first; head < t->last; head++)
+            mix_heads(half, t->heads, scores + (head - t->first) * apart + (i - p) * PAGE,
+                      page_at(half, c->values, t->table[i], c->d_v, head, c), first > 0 ? first : 0,
+                      least(last, PAGE), c->d_v, states[head - t->first].mixed, t->width,
+                      ahead(half, t, c->values, c->d_v, i, head, end, next), value);
     }
 }
 
@@ -233,7 +250,6 @@ INLINE void finish(const int half, const vec *sums, float scale, char *out, int6
     }
 }
 
-/* Heads are done block by block side by side, so that memory is read in the order in which it lies. */
 INLINE void attend(const int half, const task *t) {
     const call *c = t->c;
     state states[TOGETHER];
@@ -241,11 +257,8 @@ INLINE void attend(const int half, const task *t) {
     int64_t size = t->heads * (t->lines + t->width);
     for (int64_t head = t->first; head < t->last; head++)
         begin(half, t, head, states + head - t->first, space + (head - t->first) * size);
-    for (int64_t p = t->start / PAGE; p < t->pages; p += BLOCK_PAGES) {
-        int64_t count = t->pages - p < BLOCK_PAGES ? t->pages - p : BLOCK_PAGES;
-        for (int64_t head = t->first; head < t->last; head++)
-            attend_block(half, t, head, p, count, states + head - t->first);
-    }
+    for (int64_t p = t->start / PAGE; p < t->pages; p += BLOCK_PAGES)
+        attend_block(half, t, p, least(t->pages, p + BLOCK_PAGES), states);
     for (int64_t head = t->first; head < t->last; head++)
         for (int64_t h = 0; h < t->heads; h++) {
             const state *s = states + head - t->first;

@@ -7,6 +7,7 @@ through torch's fused attention (`attend_chunk`, the specification) over their s
 """
 
 import functools
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adapters_store import memory
 from adapters_store.packing import Scoring, capped
 from server.generation import native_attention
 from server.generation.pages import PAGE
@@ -25,7 +27,8 @@ from server.generation.plan import Chunk, Plan
 class KVMemory:
     """Keys and values of every layer in pages; a layer's tensors are made when it is first written to.
 
-    Memory that is not written to costs nothing on most systems: it is zeros that were never touched.
+    Memory that is not written to costs nothing on most systems: it is zeros that were never touched. On the CPU it is
+    in huge pages where the system gives them (memory.py).
     """
 
     def __init__(self, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -43,14 +46,17 @@ class KVMemory:
 
     def _pages(self, like: Tensor) -> Tensor:
         shape = (self.num_pages + 1, like.shape[0], PAGE, like.shape[-1])  # the last: see idle_page
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        if self.device.type != "cpu":
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        with memory.side_by_side(math.prod(shape) * self.dtype.itemsize):
+            return memory.zeros(*shape, dtype=self.dtype)
 
     def resized(self, num_pages: int) -> "KVMemory":
         """Empty memory of so many pages for the same layers."""
-        memory = KVMemory(num_pages, self.dtype, self.device)
+        resized = KVMemory(num_pages, self.dtype, self.device)
         for index, (keys, values) in self.layers.items():
-            memory.layer(index, keys[0], values[0])
-        return memory
+            resized.layer(index, keys[0], values[0])
+        return resized
 
     @property
     def idle_page(self) -> int:

@@ -114,7 +114,7 @@ class Batcher:
         if not sequence.pages:
             return False  # an older one has just taken its pages
         missing = sequence.missing_pages(len(sequence.ids))
-        while missing and (pages := self.pool.take(missing)) is None:
+        while missing and (pages := self.pool.take(missing, sequence.pages[-1])) is None:
             youngest = self.running.pop()
             self._preempt(youngest)
             if youngest is sequence:
@@ -137,7 +137,7 @@ class Batcher:
         if self.running and missing + len(self.running) > self.pool.num_available:
             self.pool.release(sequence.give_up())
             return False
-        pages = self.pool.take(missing)
+        pages = self.pool.take(missing, shared[-1] if shared else None)
         if pages is None:
             raise AssertionError("our bug: a lone sequence longer than all pages")
         sequence.pages = shared + pages

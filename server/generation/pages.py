@@ -3,6 +3,8 @@
 A page holds keys and values of PAGE neighbouring tokens of one sequence. With reuse, a full page is known by a key: a
 digest of the composition (contents and weights, never names), the backbone, and all tokens up to the page's end. Pages
 nobody holds keep their content until their memory is wanted, the least recently used first.
+
+A sequence's pages are neighbours where that can be: memory is read up to twice as fast in long runs as page by page.
 """
 
 import hashlib
@@ -36,7 +38,8 @@ class PagePool:
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._is_free = np.ones(num_pages, bool)
+        self._num_free = num_pages
         self._holders = [0] * num_pages
         self._page_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
@@ -45,7 +48,7 @@ class PagePool:
     @property
     def num_available(self) -> int:
         """Pages that can be had now."""
-        return len(self._free) + len(self._idle)
+        return self._num_free + len(self._idle)
 
     @property
     def num_held(self) -> int:
@@ -57,14 +60,39 @@ class PagePool:
         """Pages whose content can be found by key."""
         return len(self._key_of)
 
-    def take(self, count: int) -> list[int] | None:
-        """So many pages to write to, or None if there are fewer."""
+    def take(self, count: int, behind: int | None = None) -> list[int] | None:
+        """So many pages to write to, or None if there are fewer.
+
+        They follow the page `behind`, if they can; else they are where most free pages are together, with room on both
+        sides, so that they can be followed in their turn.
+        """
         if count > self.num_available:
             return None
-        taken = [self._free.pop() if self._free else self._forget_oldest() for _ in range(count)]
-        for page in taken:
+        taken: list[int] = []
+        for missing in range(count, 0, -1):
+            page = self._next(behind, missing)
             self._holders[page] = 1
+            taken.append(page)
+            behind = page
         return taken
+
+    def _next(self, behind: int | None, count: int) -> int:
+        """One page, with the others of `count` in mind."""
+        if not self._num_free:
+            return self._forget_oldest()
+        page = -1 if behind is None else behind + 1
+        if not 0 <= page < self.num_pages or not self._is_free[page]:
+            start, end = self._longest_run()
+            page = start + max(0, end - start - count) // 2
+        self._is_free[page] = False
+        self._num_free -= 1
+        return page
+
+    def _longest_run(self) -> tuple[int, int]:
+        """First page of the most free pages in a row, and the page behind them."""
+        borders = np.flatnonzero(np.diff(self._is_free, prepend=False, append=False)).reshape(-1, 2)
+        start, end = borders[np.argmax(borders[:, 1] - borders[:, 0])].tolist()
+        return start, end
 
     def _forget_oldest(self) -> int:
         page, _ = self._idle.popitem(last=False)
@@ -104,4 +132,5 @@ class PagePool:
                 if page in self._key_of:
                     self._idle[page] = None
                 else:
-                    self._free.append(page)
+                    self._is_free[page] = True
+                    self._num_free += 1

@@ -28,7 +28,9 @@ from tests.bench.generate_report import NAMES, Setting, show
 from tests.bench.generate_variants import Run, Variant, continuous_batching, engine, generate, ours, peft_mixed
 from tests.bench.rounds import renew, write
 
-EQUAL = (("a", "c"), ("a", "d"), ("be", "e"), ("c", "d"))  # pairs that must give the same tokens, up to rounding
+EQUAL = (  # pairs that must give the same tokens, up to rounding
+    ("a", "c"), ("a", "d"), ("be", "e"), ("b1", "e1"), ("b4", "e4"), ("c", "d"),
+)  # fmt: skip
 
 
 @dataclass
@@ -55,15 +57,16 @@ class Case:
 
     def _variants(self, model: Any, only: str) -> dict[str, Variant]:
         count, adapters = self.setting.requests, adapters_of(model)
+        one, four = compositions(count, 1), compositions(count, 4)
         made: dict[str, Variant] = {}
         if {"a", "b"} & set(only):
             self.batcher = engine(model, adapters, count)
-            one, four = compositions(count, 1), compositions(count, 4)
             made |= {"a": ours(self.batcher, lambda _: None), "b1": ours(self.batcher, one.__getitem__),
                      "b4": ours(self.batcher, four.__getitem__), "be": ours(self.batcher, alone)}  # fmt: skip
         made["c"] = generate(model)
         if "e" in only:
-            made["e"] = peft_mixed(model, adapters)
+            asked = {"e": [alone(index) for index in range(count)], "e1": one, "e4": four}
+            made |= {name: peft_mixed(model, adapters, mixes) for name, mixes in asked.items()}
         if "d" in only:  # last, because a thread of it runs from here on
             made["d"] = self._open.enter_context(continuous_batching(model, self.requests))
         return made
@@ -115,7 +118,7 @@ class Case:
             "cpu_s": [round(seconds, 2) for seconds in found.seconds], "rounds": len(found.seconds),
             "useful_tokens": self.useful,
         }  # fmt: skip
-        for other in ("a", "c", "e"):
+        for other in ("a", "c", "e", f"e{name[1:]}"):
             if other in self.measured:
                 line[f"over_{other}"] = round(self.speed(name) / self.speed(other), 3)
         if found.step_s:

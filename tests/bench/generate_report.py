@@ -14,7 +14,9 @@ NAMES = {
     "be": "ours, PEFT's work: one adapter at weight 1",
     "c": "transformers generate, left-padded",
     "d": "transformers continuous batching",
-    "e": "PEFT mixed batch",
+    "e": "PEFT mixed batch, one adapter at weight 1",
+    "e1": "PEFT mixed batch, the compositions of b1",
+    "e4": "PEFT mixed batch, the compositions of b4",
 }
 # (of, over) -> the ratio to reach by dtype, at 64 requests
 GOALS: Mapping[tuple[str, str], Mapping[str, float]] = {
@@ -22,6 +24,8 @@ GOALS: Mapping[tuple[str, str], Mapping[str, float]] = {
     ("b1", "a"): {"float32": 0.7, "bfloat16": 0.55},
     ("b4", "a"): {"float32": 0.6, "bfloat16": 0.45},
     ("b1", "e"): {"float32": 5, "bfloat16": 5},
+    ("b1", "e1"): {"float32": 5, "bfloat16": 5},
+    ("b4", "e4"): {"float32": 5, "bfloat16": 5},
 }
 MOST_OUTSIDE = 0.05  # of a step, outside the model's forward, at 64 requests
 
@@ -41,7 +45,7 @@ class Setting:
 
     def rounds(self, variant: str, most: int) -> int:
         """Turns of a variant: fewer for the slow ones, and for all of them in the larger model."""
-        fewer = {"c": 1, "d": 1, "e": most, "be": most}.get(variant, 0) + (self.hidden > 512)
+        fewer = {"c": 1, "d": 1, "be": most}.get(variant, most if variant[0] == "e" else 0) + (self.hidden > 512)
         return max(1, most - fewer)
 
 

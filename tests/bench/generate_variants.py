@@ -25,7 +25,7 @@ from server.generation.batcher import Batcher
 from server.generation.decoder import Decoder
 from server.generation.sampling import Draw, Sampling
 from server.generation.sequence import TokenSequence
-from tests.bench.generate_models import ADAPTERS, NEW, PROMPT, RANK, SCALE, Factors, Request, entries_of
+from tests.bench.generate_models import NEW, PROMPT, RANK, SCALE, Factors, Request, entries_of
 
 # Of the settings tried (pages of 16, 64, 256 tokens, batches of 256, 512, 1024) the fastest or within 5 % of it in each
 # case; prefixes are not shared, as nowhere here; memory for all requests at once.
@@ -140,22 +140,45 @@ def _through(manager: Any, requests: Sequence[Request]) -> Run:
     return Run(time.clock_gettime(clock) - start, [found[name] for name in names])
 
 
-def peft_mixed(model: Any, adapters: Sequence[Factors]) -> Variant:
-    """PEFT's mixed batch on a copy of the model: `generate(adapter_names=…)`, one adapter per request."""
+def peft_mixed(model: Any, adapters: Sequence[Factors], mixes: Sequence[Mix]) -> Variant:
+    """PEFT's mixed batch on a copy of the model: `generate(adapter_names=…)`, one adapter per request.
+
+    mixes: what each request wants. A PEFT model has one weight per adapter and layer, whoever asks, so each different
+    composition is an adapter of its own there: its adapters' factors one behind another, their weights in B, which is
+    what `add_weighted_adapter(combination_type="cat")` makes.
+    """
+    distinct = {mix.key: mix for mix in mixes}
+    names = {key: str(index) for index, key in enumerate(distinct)}
     targets = sorted({name.rsplit(".", 1)[-1] for name in adapters[0]})
-    config = LoraConfig(r=RANK, lora_alpha=SCALE * RANK, target_modules=targets)
-    wrapped = get_peft_model(copy.deepcopy(model), config, adapter_name="0")
-    for index in range(1, len(adapters)):
-        wrapped.add_adapter(str(index), config)
+    ranks = {names[key]: RANK * len(mix.slots) for key, mix in distinct.items()}
+    configs = {name: LoraConfig(r=r, lora_alpha=SCALE * r, target_modules=targets) for name, r in ranks.items()}
+    wrapped: Any = get_peft_model(copy.deepcopy(model), configs["0"], adapter_name="0")
+    for name in list(configs)[1:]:
+        wrapped.add_adapter(name, configs[name])
     wrapped = wrapped.to(model.dtype).eval()
-    for index, factors in enumerate(adapters):
-        for name, (A, B) in factors.items():
-            layer = wrapped.get_submodule(f"base_model.model.model.{name}")
-            layer.lora_A[str(index)].weight.data.copy_(A)
-            layer.lora_B[str(index)].weight.data.copy_(B)
+    for key, mix in distinct.items():
+        _fill(wrapped, names[key], _composed(adapters, mix))
 
     def run(requests: Sequence[Request]) -> Run:
-        names = [str(index % ADAPTERS) for index in range(len(requests))]
-        return generate(wrapped, adapter_names=names)(requests)
+        asked = [names[mix.key] for mix in mixes[: len(requests)]]
+        return generate(wrapped, adapter_names=asked)(requests)
 
     return run
+
+
+def _composed(adapters: Sequence[Factors], mix: Mix) -> Factors:
+    """The factors of a composition."""
+    found = {}
+    for name in adapters[0]:
+        weights = mix.weights[:, int(name.split(".")[1])]  # layers.3.self_attn.q_proj
+        pairs = [adapters[slot][name] for slot in mix.slots]
+        B = [weight * B.float() for weight, (_A, B) in zip(weights.tolist(), pairs, strict=True)]
+        found[name] = (torch.cat([A for A, _B in pairs]), torch.cat(B, dim=1))
+    return found
+
+
+def _fill(wrapped: Any, name: str, factors: Factors) -> None:
+    for site, (A, B) in factors.items():
+        layer = wrapped.get_submodule(f"base_model.model.model.{site}")
+        layer.lora_A[name].weight.data.copy_(A)
+        layer.lora_B[name].weight.data.copy_(B)

@@ -48,7 +48,8 @@ def test_whatever_is_done_pages_are_held_once_or_shared_and_none_is_lost(data: s
         if action == "take":
             count = data.draw(st.integers(0, 4))
             available = pool.num_available
-            taken = pool.take(count)
+            behind = data.draw(st.none() | st.integers(0, 7))
+            taken = pool.take(count, behind)
             assert (taken is None) == (count > available)
             if taken:
                 assert not set(taken) & {page for pages in held for page in pages}
@@ -80,6 +81,26 @@ def test_whatever_is_done_pages_are_held_once_or_shared_and_none_is_lost(data: s
     for pages in held:
         pool.release(pages)
     assert pool.num_held == 0
+
+
+@given(prompts=st.lists(st.integers(1, 8), min_size=1, max_size=8), grown=st.integers(0, 6))
+def test_sequences_that_grow_side_by_side_keep_their_pages_together(prompts: list[int], grown: int) -> None:
+    pool = PagePool(256)  # room for twice as much
+    held = [pool.take(count) or [] for count in prompts]
+    for _ in range(grown):
+        for pages in held:
+            pages += pool.take(1, pages[-1]) or []
+
+    for pages, count in zip(held, prompts, strict=True):
+        assert pages == list(range(pages[0], pages[0] + count + grown))
+
+
+def test_pages_come_one_by_one_where_no_two_are_together() -> None:
+    pool = PagePool(8)
+    pages = pool.take(8) or []
+    pool.release([page for page in pages if page % 2])
+
+    assert sorted(pool.take(4, 0) or []) == [1, 3, 5, 7]
 
 
 def test_the_least_recently_used_content_is_forgotten_first() -> None:
