@@ -14,11 +14,20 @@
 
 #define GROUP 8                           /* query heads done together at most */
 #define TOGETHER 32                       /* key heads of a task at most */
-#define AHEAD 8192                        /* bytes of keys or values until what is asked for now is read */
+#define AHEAD 4096                        /* bytes of keys or values until what is asked for now is read */
 #define SPACE (2 * GROUP * MAX_D / LANES) /* vectors that hold a task's queries and sums */
 
 /* Ask memory for a line, into the second-level cache: fewer can be on their way to the first than keep memory busy. */
 #define FETCH(line) __builtin_prefetch(line, 0, 2)
+
+#define UNROLL _Pragma("GCC unroll 16") /* loops over sums: unrolled so early that the sums live in registers */
+
+/* Keeps a line in a register: the compiler would else read it anew for each of its products. */
+#if WIDE
+#define HOLD(line) __asm__("" : "+v"(line))
+#else
+#define HOLD(line) (void)(line)
+#endif
 
 #if WIDE
 /* Four vectors as one: element i of every four is the sum of vector i's elements in that lane. */
@@ -45,104 +54,109 @@ INLINE void totals(const vec *x, float *to) {
 }
 #endif
 
+INLINE void fetch_run(const char *run, int64_t bytes) {
+#pragma GCC unroll 8
+    for (int64_t b = 0; b < bytes; b += 128) FETCH(run + b);
+}
+
 /* ---- scores ---- */
 
-/* A page's scores[h][0:PAGE] of `heads` query heads (a constant, 1, 2 or 4); `fetch` is fetched meanwhile.
+/* A page's scores[h][0:PAGE] of `heads` query heads (a constant, 1, 2 or 4); as much at `fetch` is fetched meanwhile.
  * query: (heads, lines). */
 INLINE void score(const int half, const int heads, const vec *query, int64_t lines, const char *keys, int64_t d,
-                  float *scores, const char *fetch, int64_t fetch_bytes) {
+                  float *scores, const char *fetch) {
     const int at_once = SUMS / heads; /* keys */
+    const int64_t row = d * SIZE(half);
     for (int64_t j = 0; j < PAGE; j += at_once) {
+        const char *key[(SUMS + 2) / 3]; /* every third: the two behind it are reached by one addition in the address */
+        UNROLL for (int k = 0; k < at_once; k += 3) key[k / 3] = keys + (j + k) * row;
         vec sum[SUMS];
         float sums[SUMS];
-        for (int s = 0; s < SUMS; s++) sum[s] = spread(0);
-        for (int64_t b = j * fetch_bytes; b < (j + at_once) * fetch_bytes; b += 64) FETCH(fetch + b);
-        int64_t i = 0;
-        const vec *at = query;
-        for (; i + LINE(half) <= d; i += LINE(half), at++)
-            for (int k = 0; k < at_once; k++) {
-                vec key = load(half, keys + ((j + k) * d + i) * SIZE(half), LINE(half));
-                for (int h = 0; h < heads; h++)
-                    sum[h * at_once + k] = add_product(half, sum[h * at_once + k], key, at[h * lines]);
+        UNROLL for (int s = 0; s < SUMS; s++) sum[s] = spread(0);
+        fetch_run(fetch + j * row, at_once * row);
+        UNROLL for (int k = 0; k < at_once; k++) {
+            const vec *at = query;
+            for (int64_t i = 0; i < row; i += (int64_t)sizeof(vec), at++) {
+                vec line = load(half, key[k / 3] + k % 3 * row + i, (row - i) / SIZE(half));
+                HOLD(line);
+                UNROLL for (int h = 0; h < heads; h++)
+                    sum[h * at_once + k] = add_product(half, sum[h * at_once + k], line, at[h * lines]);
             }
-        if (i < d)
-            for (int k = 0; k < at_once; k++) {
-                vec key = load(half, keys + ((j + k) * d + i) * SIZE(half), d - i);
-                for (int h = 0; h < heads; h++)
-                    sum[h * at_once + k] = add_product(half, sum[h * at_once + k], key, at[h * lines]);
-            }
+        }
         totals(sum, sums);
-        for (int h = 0; h < heads; h++) memcpy(scores + h * BLOCK + j, sums + h * at_once, 4 * at_once);
+        UNROLL for (int h = 0; h < heads; h++) memcpy(scores + h * BLOCK + j, sums + h * at_once, 4 * at_once);
     }
 }
 
 INLINE void score_heads(const int half, int64_t heads, const vec *query, int64_t lines, const char *keys, int64_t d,
-                        float *scores, const char *fetch, int64_t fetch_bytes) {
+                        float *scores, const char *fetch) {
     int64_t h = 0;
-    for (; h + 4 <= heads; h += 4, fetch_bytes = 0)
-        score(half, 4, query + h * lines, lines, keys, d, scores + h * BLOCK, fetch, fetch_bytes);
-    for (; h + 2 <= heads; h += 2, fetch_bytes = 0)
-        score(half, 2, query + h * lines, lines, keys, d, scores + h * BLOCK, fetch, fetch_bytes);
-    if (h < heads) score(half, 1, query + h * lines, lines, keys, d, scores + h * BLOCK, fetch, fetch_bytes);
+#define HEADS(N) score(half, N, query + h * lines, lines, keys, d, scores + h * BLOCK, h ? keys : fetch)
+    for (; h + 4 <= heads; h += 4) HEADS(4);
+    for (; h + 2 <= heads; h += 2) HEADS(2);
+    if (h < heads) HEADS(1);
+#undef HEADS
 }
 
 /* ---- values. Sums are floats: a line of bfloat16 has two vectors of them, its low and its high elements ---- */
 
 #define PARTS(half) ((half) ? 2 : 1)
 
-/* mixed[h][columns] += sum over tokens first..last of weights[h] * values[:, columns]; fetches `fetch` meanwhile.
+/* mixed[h][columns] += sum over tokens first..last of weights[h] * values[:, columns]; fetches as much at `fetch`.
  * `heads` and `lines` are constants; `columns` is LINE * lines, or less at the ragged end of a value. */
 INLINE void mix(const int half, const int heads, const int lines, int64_t columns, const float *weights,
                 const char *values, int64_t first, int64_t last, int64_t d_v, vec *mixed, int64_t width,
-                const char *fetch, int64_t fetch_bytes) {
+                const char *fetch) {
     const int n = lines * PARTS(half);
-    vec sum[16];
-    for (int h = 0; h < heads; h++)
-        for (int v = 0; v < n; v++) sum[h * n + v] = mixed[h * width + v];
+    vec sum[SUMS];
+    UNROLL for (int h = 0; h < heads; h++)
+        UNROLL for (int v = 0; v < n; v++) sum[h * n + v] = mixed[h * width + v];
     for (int64_t j = first; j < last; j++) {
-        for (int64_t b = j * fetch_bytes; b < (j + 1) * fetch_bytes; b += 64) FETCH(fetch + b);
-        for (int i = 0; i < lines; i++) {
-            vec line = load(half, values + (j * d_v + LINE(half) * i) * SIZE(half), columns - LINE(half) * i);
-            for (int h = 0; h < heads; h++) {
+        for (int64_t b = 0; b < columns * SIZE(half); b += 128) FETCH(fetch + j * d_v * SIZE(half) + b);
+        UNROLL for (int i = 0; i < lines; i++) {
+            const char *from = values + (j * d_v + LINE(half) * i) * SIZE(half);
+            vec line = load(half, from, columns - LINE(half) * i);
+            HOLD(line);
+            UNROLL for (int h = 0; h < heads; h++) {
                 vec *to = sum + h * n + i * PARTS(half);
                 to[0] += (half ? low(line) : line) * weights[h * BLOCK + j];
                 if (half) to[1] += high(line) * weights[h * BLOCK + j];
             }
         }
     }
-    for (int h = 0; h < heads; h++)
-        for (int v = 0; v < n; v++) mixed[h * width + v] = sum[h * n + v];
+    UNROLL for (int h = 0; h < heads; h++)
+        UNROLL for (int v = 0; v < n; v++) mixed[h * width + v] = sum[h * n + v];
 }
 
 /* One page, all columns, as many at a time as registers hold. */
 INLINE void mix_columns(const int half, const int heads, const float *weights, const char *values, int64_t first,
-                        int64_t last, int64_t d_v, vec *mixed, int64_t width, const char *fetch, int64_t fetch_bytes) {
+                        int64_t last, int64_t d_v, vec *mixed, int64_t width, const char *fetch) {
     const int room = SUMS / heads / PARTS(half);
     int64_t c = 0;
 #define COLUMNS(LINES)                                                                                            \
     for (; (room >= LINES || LINES == 1) && c + LINES * LINE(half) <= d_v; c += LINES * LINE(half)) {             \
         mix(half, heads, LINES, LINES * LINE(half), weights, values + c * SIZE(half), first, last, d_v, mixed,    \
-            width, fetch, fetch_bytes);                                                                           \
+            width, fetch + c * SIZE(half));                                                                       \
         mixed += LINES * PARTS(half);                                                                             \
-        fetch_bytes = 0; /* once is enough */                                                                     \
     }
     COLUMNS(8)
     COLUMNS(4)
     COLUMNS(2)
     COLUMNS(1)
     if (c < d_v)
-        mix(half, heads, 1, d_v - c, weights, values + c * SIZE(half), first, last, d_v, mixed, width, fetch,
-            fetch_bytes);
+        mix(half, heads, 1, d_v - c, weights, values + c * SIZE(half), first, last, d_v, mixed, width,
+            fetch + c * SIZE(half));
 }
 
 INLINE void mix_heads(const int half, int64_t heads, const float *weights, const char *values, int64_t first,
-                      int64_t last, int64_t d_v, vec *mixed, int64_t width, const char *fetch, int64_t fetch_bytes) {
+                      int64_t last, int64_t d_v, vec *mixed, int64_t width, const char *fetch) {
     int64_t h = 0;
 #define HEADS(N)                                                                                                  \
-    mix_columns(half, N, weights + h * BLOCK, values, first, last, d_v, mixed + h * width, width, fetch, fetch_bytes)
-    for (; h + 4 <= heads; h += 4, fetch_bytes = 0) HEADS(4);
-    for (; h + 2 <= heads; h += 2, fetch_bytes = 0) HEADS(2);
+    mix_columns(half, N, weights + h * BLOCK, values, first, last, d_v, mixed + h * width, width, h ? values : fetch)
+    for (; h + 4 <= heads; h += 4) HEADS(4);
+    for (; h + 2 <= heads; h += 2) HEADS(2);
     if (h < heads) HEADS(1);
+#undef HEADS
 }
 
 /* ---- one row ---- */
@@ -214,7 +228,7 @@ INLINE const char *keys_behind(const int half, const task *t, int64_t p) {
 /* Pages p..end of a task, at most BLOCK_PAGES, whose scores are made before their values are read. */
 INLINE void attend_block(const int half, const task *t, int64_t p, int64_t end, state *states) {
     const call *c = t->c;
-    const int64_t key = c->d * SIZE(half), value = c->d_v * SIZE(half), apart = t->heads * BLOCK;
+    const int64_t apart = t->heads * BLOCK;
     const char *values = page_at(half, c->values, t->table[p], c->d_v, t->first, c), *next = keys_behind(half, t, end);
     float scores[TOGETHER * GROUP * BLOCK]; /* (heads of the task, query heads of each, BLOCK) */
     for (int64_t i = p; i < end; i++)
@@ -222,7 +236,7 @@ INLINE void attend_block(const int half, const task *t, int64_t p, int64_t end, 
             score_heads(half, t->heads, states[head - t->first].query, t->lines,
                         page_at(half, c->keys, t->table[i], c->d, head, c), c->d,
                         scores + (head - t->first) * apart + (i - p) * PAGE,
-                        ahead(half, t, c->keys, c->d, i, head, end, values), key);
+                        ahead(half, t, c->keys, c->d, i, head, end, values));
     for (int64_t n = 0; n < t->last - t->first; n++)
         for (int64_t h = 0; h < t->heads; h++) {
             float *own = scores + n * apart + h * BLOCK;
@@ -236,7 +250,7 @@ INLINE void attend_block(const int half, const task *t, int64_t p, int64_t end, 
             mix_heads(half, t->heads, scores + (head - t->first) * apart + (i - p) * PAGE,
                       page_at(half, c->values, t->table[i], c->d_v, head, c), first > 0 ? first : 0,
                       least(last, PAGE), c->d_v, states[head - t->first].mixed, t->width,
-                      ahead(half, t, c->values, c->d_v, i, head, end, next), value);
+                      ahead(half, t, c->values, c->d_v, i, head, end, next));
     }
 }
 
