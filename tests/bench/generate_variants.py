@@ -6,6 +6,7 @@ are the manager's start and its cache. The others compute on the calling thread,
 """
 
 import copy
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -44,7 +45,10 @@ Variant = Callable[[Sequence[Request]], Run]
 
 
 def engine(model: Any, adapters: Sequence[Factors], num_requests: int) -> Batcher:
-    """Our engine on a copy of the model, all adapters resident, memory for all requests at once."""
+    """Our engine on a copy of the model, all adapters resident, memory for all requests at once.
+
+    Its pages are touched, as those of a server that has run for a while: the system makes memory at its first use.
+    """
     AttentionInterface.register(PACKED, packed_attention)
     AttentionMaskInterface.register(PACKED, no_mask)
     language = LanguageModel(copy.deepcopy(model))
@@ -55,7 +59,10 @@ def engine(model: Any, adapters: Sequence[Factors], num_requests: int) -> Batche
     config = model.config
     token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * 64 * model.dtype.itemsize
     kv_bytes = num_requests * (PROMPT[1] + NEW[1] + PAGE_TOKENS) * token_bytes
-    return Batcher(Decoder(language, kv_bytes=kv_bytes), step_tokens=512, max_sequences=256)
+    decoder = Decoder(language, kv_bytes=kv_bytes)
+    for pages in itertools.chain(*decoder.memory.layers.values()):
+        pages.zero_()
+    return Batcher(decoder, step_tokens=512, max_sequences=256)
 
 
 def ours(batcher: Batcher, mix_of: Callable[[int], Mix | None]) -> Variant:
