@@ -22,8 +22,8 @@ from adapters_store.compiled import Status
 
 _SOURCE = Path(__file__).with_name("rotary.c")
 _FLAGS = (*compiled.FLAGS, "-ffp-contract=off")  # rotary.c says why
-_NAMES = {torch.float32: "rotary_f32", torch.bfloat16: "rotary_bf16"}
-_LIBRARYS = "apply_rotary_pos_emb"
+_KERNELS = {torch.float32: "rotary_f32", torch.bfloat16: "rotary_bf16"}
+_FUNCTION = "apply_rotary_pos_emb"
 _SHARE = 64  # tokens that are worth a thread
 
 Rotation = Callable[..., tuple[Tensor, Tensor]]  # (q, k, cos, sin): (1, heads, tokens, d) each, then (1, tokens, d)
@@ -60,9 +60,9 @@ def install(model: nn.Module) -> int:
 def _rotation_of(cls: type[nn.Module]) -> Rotation | None:
     """The library's function that the code of a class's forward calls; None if it calls none, or ours already."""
     forward = cls.forward
-    if not isinstance(forward, FunctionType) or _LIBRARYS not in forward.__code__.co_names:
+    if not isinstance(forward, FunctionType) or _FUNCTION not in forward.__code__.co_names:
         return None
-    own: Rotation | None = forward.__globals__.get(_LIBRARYS)
+    own: Rotation | None = forward.__globals__.get(_FUNCTION)
     return own if isinstance(own, FunctionType) and own.__module__ != __name__ else None
 
 
@@ -89,7 +89,7 @@ def serves(own: Rotation) -> bool:
 def _turning(cls: type[nn.Module]) -> type[nn.Module]:
     """The subclass of an attention layer's class whose forward calls the kernel."""
     forward: Any = cls.forward
-    names = forward.__globals__ | {_LIBRARYS: _or_kernel(forward.__globals__[_LIBRARYS])}
+    names = forward.__globals__ | {_FUNCTION: _or_kernel(forward.__globals__[_FUNCTION])}
     ours = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     ours.__kwdefaults__ = forward.__kwdefaults__
     return type(cls.__name__, (cls,), {"forward": ours, "__module__": cls.__module__})
@@ -142,7 +142,7 @@ def _load() -> tuple[dict[torch.dtype, Callable[..., None]], Status]:
         library = ctypes.CDLL(str(compiled.build("rotary", [_SOURCE], _FLAGS)))
     except compiled.FAILURES as error:
         return {}, Status(False, f"torch turns: {compiled.reason(error)}")
-    functions = {dtype: getattr(library, name) for dtype, name in _NAMES.items()}
+    functions = {dtype: getattr(library, name) for dtype, name in _KERNELS.items()}
     for function in functions.values():
         function.restype = None
     return functions, Status(True, f"native rotary embeddings for {platform.machine()}")

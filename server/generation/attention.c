@@ -17,9 +17,6 @@
 #define AHEAD 4096                        /* bytes of keys or values until what is asked for now is read */
 #define SPACE (2 * GROUP * MAX_D / LANES) /* vectors that hold a task's queries and sums */
 
-/* Ask memory for a line, into the second-level cache: fewer can be on their way to the first than keep memory busy. */
-#define FETCH(line) __builtin_prefetch(line, 0, 2)
-
 #define UNROLL _Pragma("GCC unroll 16") /* loops over sums: unrolled so early that the sums live in registers */
 
 /* Keeps a line in a register: the compiler would else read it anew for each of its products. */
@@ -54,17 +51,18 @@ INLINE void totals(const vec *x, float *to) {
 }
 #endif
 
-INLINE void fetch_run(const char *run, int64_t bytes) {
-#pragma GCC unroll 8
-    for (int64_t b = 0; b < bytes; b += 128) FETCH(run + b);
+/* Ask memory for every other line of a run, into the second-level cache: the processor, which sees a run being read,
+ * brings the rest, and asking for all of them leaves no room for what is read now. */
+INLINE void fetch(const char *run, int64_t bytes) {
+    for (int64_t b = 0; b < bytes; b += 128) __builtin_prefetch(run + b, 0, 2);
 }
 
 /* ---- scores ---- */
 
-/* A page's scores[h][0:PAGE] of `heads` query heads (a constant, 1, 2 or 4); as much at `fetch` is fetched meanwhile.
+/* A page's scores[h][0:PAGE] of `heads` query heads (a constant, 1, 2 or 4); as much at `next` is fetched meanwhile.
  * query: (heads, lines). */
 INLINE void score(const int half, const int heads, const vec *query, int64_t lines, const char *keys, int64_t d,
-                  float *scores, const char *fetch) {
+                  float *scores, const char *next) {
     const int at_once = SUMS / heads; /* keys */
     const int64_t row = d * SIZE(half);
     for (int64_t j = 0; j < PAGE; j += at_once) {
@@ -73,7 +71,7 @@ INLINE void score(const int half, const int heads, const vec *query, int64_t lin
         vec sum[SUMS];
         float sums[SUMS];
         UNROLL for (int s = 0; s < SUMS; s++) sum[s] = spread(0);
-        fetch_run(fetch + j * row, at_once * row);
+        fetch(next + j * row, at_once * row);
         UNROLL for (int k = 0; k < at_once; k++) {
             const vec *at = query;
             for (int64_t i = 0; i < row; i += (int64_t)sizeof(vec), at++) {
@@ -89,9 +87,9 @@ INLINE void score(const int half, const int heads, const vec *query, int64_t lin
 }
 
 INLINE void score_heads(const int half, int64_t heads, const vec *query, int64_t lines, const char *keys, int64_t d,
-                        float *scores, const char *fetch) {
+                        float *scores, const char *next) {
     int64_t h = 0;
-#define HEADS(N) score(half, N, query + h * lines, lines, keys, d, scores + h * BLOCK, h ? keys : fetch)
+#define HEADS(N) score(half, N, query + h * lines, lines, keys, d, scores + h * BLOCK, h ? keys : next)
     for (; h + 4 <= heads; h += 4) HEADS(4);
     for (; h + 2 <= heads; h += 2) HEADS(2);
     if (h < heads) HEADS(1);
@@ -102,17 +100,17 @@ INLINE void score_heads(const int half, int64_t heads, const vec *query, int64_t
 
 #define PARTS(half) ((half) ? 2 : 1)
 
-/* mixed[h][columns] += sum over tokens first..last of weights[h] * values[:, columns]; fetches as much at `fetch`.
+/* mixed[h][columns] += sum over tokens first..last of weights[h] * values[:, columns]; fetches as much at `next`.
  * `heads` and `lines` are constants; `columns` is LINE * lines, or less at the ragged end of a value. */
 INLINE void mix(const int half, const int heads, const int lines, int64_t columns, const float *weights,
                 const char *values, int64_t first, int64_t last, int64_t d_v, vec *mixed, int64_t width,
-                const char *fetch) {
+                const char *next) {
     const int n = lines * PARTS(half);
     vec sum[SUMS];
     UNROLL for (int h = 0; h < heads; h++)
         UNROLL for (int v = 0; v < n; v++) sum[h * n + v] = mixed[h * width + v];
     for (int64_t j = first; j < last; j++) {
-        for (int64_t b = 0; b < columns * SIZE(half); b += 128) FETCH(fetch + j * d_v * SIZE(half) + b);
+        fetch(next + j * d_v * SIZE(half), columns * SIZE(half));
         UNROLL for (int i = 0; i < lines; i++) {
             const char *from = values + (j * d_v + LINE(half) * i) * SIZE(half);
             vec line = load(half, from, columns - LINE(half) * i);
@@ -130,13 +128,13 @@ INLINE void mix(const int half, const int heads, const int lines, int64_t column
 
 /* One page, all columns, as many at a time as registers hold. */
 INLINE void mix_columns(const int half, const int heads, const float *weights, const char *values, int64_t first,
-                        int64_t last, int64_t d_v, vec *mixed, int64_t width, const char *fetch) {
+                        int64_t last, int64_t d_v, vec *mixed, int64_t width, const char *next) {
     const int room = SUMS / heads / PARTS(half);
     int64_t c = 0;
 #define COLUMNS(LINES)                                                                                            \
     for (; (room >= LINES || LINES == 1) && c + LINES * LINE(half) <= d_v; c += LINES * LINE(half)) {             \
         mix(half, heads, LINES, LINES * LINE(half), weights, values + c * SIZE(half), first, last, d_v, mixed,    \
-            width, fetch + c * SIZE(half));                                                                       \
+            width, next + c * SIZE(half));                                                                        \
         mixed += LINES * PARTS(half);                                                                             \
     }
     COLUMNS(8)
@@ -145,14 +143,14 @@ INLINE void mix_columns(const int half, const int heads, const float *weights, c
     COLUMNS(1)
     if (c < d_v)
         mix(half, heads, 1, d_v - c, weights, values + c * SIZE(half), first, last, d_v, mixed, width,
-            fetch + c * SIZE(half));
+            next + c * SIZE(half));
 }
 
 INLINE void mix_heads(const int half, int64_t heads, const float *weights, const char *values, int64_t first,
-                      int64_t last, int64_t d_v, vec *mixed, int64_t width, const char *fetch) {
+                      int64_t last, int64_t d_v, vec *mixed, int64_t width, const char *next) {
     int64_t h = 0;
 #define HEADS(N)                                                                                                  \
-    mix_columns(half, N, weights + h * BLOCK, values, first, last, d_v, mixed + h * width, width, h ? values : fetch)
+    mix_columns(half, N, weights + h * BLOCK, values, first, last, d_v, mixed + h * width, width, h ? values : next)
     for (; h + 4 <= heads; h += 4) HEADS(4);
     for (; h + 2 <= heads; h += 2) HEADS(2);
     if (h < heads) HEADS(1);

@@ -38,7 +38,8 @@ class Decoder:
     def __init__(self, language: LanguageModel, *, kv_bytes: int, max_length: int | None = None) -> None:
         """kv_bytes: memory for keys and values; max_length: longest sequence, prompt and output, in tokens.
 
-        Raises UnsupportedError for a family that cannot be served right, ValueError for too little memory.
+        Raises UnsupportedError for a family that cannot be served right, ValueError for too little memory, or for more
+        than the system gives.
         """
         self.language = language
         self.encoder = language.encoder
@@ -57,7 +58,10 @@ class Decoder:
                 f"{kv_bytes} bytes of KV memory are {num_pages} pages of {PAGE} tokens "
                 f"({self.memory.page_bytes} bytes each): too few for any request"
             )
-        self.memory = self.memory.resized(num_pages)
+        try:
+            self.memory = self.memory.resized(num_pages)
+        except (RuntimeError, OSError, OverflowError) as error:
+            raise ValueError(f"the system does not give {kv_bytes} bytes of KV memory: {error}") from error
 
     def use_graphs(self, *, captures: bool) -> None:
         """Run steps of single tokens over static buffers from now on; captures: as CUDA graphs."""

@@ -2,8 +2,10 @@
 
 A random Llama of 8 layers, 512 or 1,024 wide; 16 or 64 requests that all come at once, prompts of 16 to 256 tokens and
 16 to 128 new ones, greedy, nothing ends earlier; LoRA r=16 on all linear layers, 32 adapters. What counts is useful new
-tokens per second of CPU time of one thread: tokens that `generate` makes past what a request wanted do not. Variants
-take turns in one process, after a short run each that is not counted; slow ones take fewer turns (`rounds`).
+tokens per second of CPU time of one thread: tokens that `generate` makes past what a request wanted do not. Each
+setting has a process of its own: what an allocator kept of other settings, and which huge pages they left, changed
+seconds by up to a third. Variants take turns in it, after a short run each that is not counted; slow ones take fewer
+turns (`rounds`).
 Run: python -m tests.bench.generate [--rounds 3] [--only abcde] [--settings 512:float32:16,…] [--quick]
 """
 
@@ -11,7 +13,9 @@ import argparse
 import contextlib
 import itertools
 import statistics
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -156,6 +160,20 @@ def settings_of(named: str, *, quick: bool) -> list[Setting]:
     return [Setting(*one) for one in itertools.product((512, 1024), ("float32", "bfloat16"), (16, 64))]
 
 
+def measured(setting: Setting, only: str, rounds: int) -> list[dict[str, Any]]:
+    """The lines of one setting. It wants a process of its own, or what others left of memory is measured too."""
+    transformers_logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    case = Case(setting, llama(setting.hidden, setting.dtype), only)
+    try:
+        with Progress(console=Console(stderr=True)) as progress:
+            case.run(rounds, progress)
+        return case.lines()
+    finally:
+        case.close()
+
+
 def main() -> None:
     """Run, show, write after each setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -172,20 +190,14 @@ def main() -> None:
         "--quick", action="store_true", help="one model, float32, 64 requests, one turn; writes nothing"
     )
     options = parser.parse_args()
-    transformers_logging.set_verbosity_error()
-    torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
+    rounds = 1 if options.quick else options.rounds
     writes = bool(options.settings) or (not options.quick and options.only == "abcde")
     paths = {"operators": native.status().detail, "attention": native_attention.status().detail}
     lines: list[dict[str, Any]] = []
-    with Progress(console=Console(stderr=True)) as progress:
+    fresh = ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1)
+    with fresh:
         for setting in settings_of(options.settings, quick=options.quick):
-            case = Case(setting, llama(setting.hidden, setting.dtype), options.only)
-            try:
-                case.run(1 if options.quick else options.rounds, progress)
-                lines += case.lines()
-            finally:
-                case.close()
+            lines += fresh.submit(measured, setting, options.only, rounds).result()
             if writes:
                 path = renew("generate", lines) if options.settings else write("generate", [paths, *lines])
     show(lines)

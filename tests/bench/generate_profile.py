@@ -10,6 +10,7 @@ from unittest import mock
 from torch import nn
 from transformers.models.llama import modeling_llama
 
+from adapters_store import rotary
 from adapters_store.language import LanguageModel
 from adapters_store.sites import Site
 from server.generation import batcher as batcher_module
@@ -29,7 +30,7 @@ STEP: dict[str, tuple[Any, str]] = {
 INSIDE: dict[str, tuple[Any, str]] = {
     "attention": (PagedAttention, "__call__"),
     "adapters": (Site, "apply"),
-    "rotary": (modeling_llama, "apply_rotary_pos_emb"),
+    "rotary": (rotary, "rotate"),
     "logits": (LanguageModel, "logits"),
 }
 MODULES: dict[str, type[nn.Module]] = {"linear": nn.Linear, "norms": modeling_llama.LlamaRMSNorm}

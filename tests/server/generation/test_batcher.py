@@ -108,6 +108,12 @@ def test_memory_for_less_than_the_context_shortens_the_context() -> None:
         decoder_of(MODEL, 0)
 
 
+@pytest.mark.parametrize("pages", [2**50, 2**80])
+def test_more_memory_than_there_is_is_refused_by_what_it_is_for(pages: int) -> None:
+    with pytest.raises(ValueError, match=r"does not give .* KV memory"):
+        decoder_of(MODEL, pages)
+
+
 def test_seeded_texts_survive_preemption() -> None:
     wild = Sampling(temperature=1.3, seed=7, presence_penalty=0.4, repetition_penalty=1.1)
     asked = [[9 + i] * 20 for i in range(6)]
