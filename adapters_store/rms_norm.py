@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from adapters_store import compiled
 from adapters_store.compiled import Status
 
-_SOURCE = Path(__file__).with_name("rms_norm.c")
+_SOURCE, _INCLUDED = (Path(__file__).with_name(name) for name in ("rms_norm.c", "wide.h"))
 _NAMES = {torch.float32: "rms_norm_f32", torch.bfloat16: "rms_norm_bf16"}
 _MIN_WIDTH = 256  # as in linear_layers.py: small backbones, whose norms take no time, keep torch's own bits
 _SHARE = 64  # rows that are worth a thread
@@ -102,7 +102,7 @@ def _agrees(found: Tensor, expected: Any) -> bool:
 def _load() -> tuple[dict[torch.dtype, Callable[..., None]], Status]:
     """The kernel of each dtype, and the status; built at the first call."""
     try:
-        library = ctypes.CDLL(str(compiled.build("rms_norm", [_SOURCE])))
+        library = ctypes.CDLL(str(compiled.build("rms_norm", [_SOURCE], included=[_INCLUDED])))
     except compiled.FAILURES as error:
         return {}, Status(False, f"torch normalises: {compiled.reason(error)}")
     functions = {dtype: getattr(library, name) for dtype, name in _NAMES.items()}

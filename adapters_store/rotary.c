@@ -5,28 +5,7 @@
  * (-ffp-contract=off), and the result is theirs bit for bit. Plain C: compilers make vectors of it. Called through
  * ctypes.
  */
-#include <stdint.h>
-#include <string.h>
-
-typedef uint16_t bf16;
-
-static inline float wide_f32(float x) { return x; }
-static inline float narrow_f32(float x) { return x; }
-
-static inline float wide_bf16(bf16 x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float wide;
-    memcpy(&wide, &bits, 4);
-    return wide;
-}
-
-/* To nearest, ties to even. */
-static inline bf16 narrow_bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    bf16 near = (bf16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-    return x != x ? 0x7fc0 : near;
-}
+#include "wide.h"
 
 /* One call. x and y: (heads, tokens, d), so many elements from head to head and from token to token; cos, sin:
  * (tokens, d). */

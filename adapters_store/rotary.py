@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from adapters_store import compiled
 from adapters_store.compiled import Status
 
-_SOURCE = Path(__file__).with_name("rotary.c")
+_SOURCE, _INCLUDED = (Path(__file__).with_name(name) for name in ("rotary.c", "wide.h"))
 _FLAGS = (*compiled.FLAGS, "-ffp-contract=off")  # rotary.c says why
 _KERNELS = {torch.float32: "rotary_f32", torch.bfloat16: "rotary_bf16"}
 _FUNCTION = "apply_rotary_pos_emb"
@@ -139,7 +139,7 @@ def _rotated(function: Callable[..., None], x: Tensor, cos: Tensor, sin: Tensor,
 def _load() -> tuple[dict[torch.dtype, Callable[..., None]], Status]:
     """The kernel of each dtype, and the status; built at the first call."""
     try:
-        library = ctypes.CDLL(str(compiled.build("rotary", [_SOURCE], _FLAGS)))
+        library = ctypes.CDLL(str(compiled.build("rotary", [_SOURCE], _FLAGS, included=[_INCLUDED])))
     except compiled.FAILURES as error:
         return {}, Status(False, f"torch turns: {compiled.reason(error)}")
     functions = {dtype: getattr(library, name) for dtype, name in _KERNELS.items()}
