@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adapters_store import compiled, memory
+from adapters_store import compiled, memory, tape
 from adapters_store.compiled import Status
 
 STRIP = 32  # outputs side by side; OUTPUTS in linear.c
@@ -86,7 +86,8 @@ def _linear(function: Callable[..., int], x: Tensor, strips: Strips, bias: Tenso
     if threads > 1:
         threads = min(threads, rows * d_in * d_out // _MIN_SHARE + 1)
     address = 0 if bias is None else bias.data_ptr()
-    if function(strips.words.data_ptr(), address, d_in, d_out, x.data_ptr(), row, rows, y.data_ptr(), threads):
+    words = strips.words.data_ptr()
+    if tape.call(function, words, address, d_in, d_out, x.data_ptr(), row, rows, y.data_ptr(), threads):
         raise MemoryError(f"no memory to multiply {rows} rows of {d_in}")
     return y
 

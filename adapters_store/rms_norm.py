@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters_store import compiled
+from adapters_store import compiled, tape
 from adapters_store.compiled import Status
 
 _SOURCE, _INCLUDED = (Path(__file__).with_name(name) for name in ("rms_norm.c", "wide.h"))
@@ -76,7 +76,7 @@ def _rms_norm(function: Callable[..., None], x: Tensor, weight: Tensor, eps: flo
     threads = torch.get_num_threads()
     if threads > 1:
         threads = min(threads, rows // _SHARE + 1)
-    function(x.data_ptr(), rows, d, weight.data_ptr(), eps, y.data_ptr(), threads)
+    tape.call(function, x.data_ptr(), rows, d, weight.data_ptr(), eps, y.data_ptr(), threads)
     return y
 
 

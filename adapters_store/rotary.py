@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters_store import compiled
+from adapters_store import compiled, tape
 from adapters_store.compiled import Status
 
 _SOURCE, _INCLUDED = (Path(__file__).with_name(name) for name in ("rotary.c", "wide.h"))
@@ -131,7 +131,8 @@ def _rotated(function: Callable[..., None], x: Tensor, cos: Tensor, sin: Tensor,
     y, (_, heads, tokens, d) = torch.empty_like(x), x.shape
     (_, x_head, x_token, _), (_, y_head, y_token, _) = x.stride(), y.stride()
     pointers = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr()
-    function(ctypes.byref(_Call(*pointers, heads, tokens, d, x_head, x_token, y_head, y_token, threads)))
+    call = _Call(*pointers, heads, tokens, d, x_head, x_token, y_head, y_token, threads)
+    tape.call(function, ctypes.byref(call))
     return y
 
 

@@ -101,6 +101,7 @@ class Sites(Mapping[str, Site]):
         self.keeps_reference = keeps_reference
         self.batch: MixedBatch | None = None
         self.reference = False
+        self.version = 0  # grows with every change of what is attached or resident
         self._running = threading.Lock()
         self._sites: dict[str, Site] = {}
         self._excluded: dict[str, str] = {}
@@ -130,6 +131,7 @@ class Sites(Mapping[str, Site]):
 
     def _attach(self, name: str, module: nn.Module) -> None:
         d_in, d_out = widths(module, self.hidden_size)
+        self.version += 1
         site = Site(self, Place(name, module, d_in, d_out, self._layers[name]))
         self._sites[name] = site
         module.__dict__["_espalier_site"] = site
@@ -141,6 +143,7 @@ class Sites(Mapping[str, Site]):
             self._release(name)
 
     def _release(self, name: str) -> None:
+        self.version += 1
         module = self._sites.pop(name).place.module
         linear_layers.put_back(module)
         module.__class__ = type(module).__mro__[1]
@@ -187,12 +190,14 @@ class Sites(Mapping[str, Site]):
             with memory.side_by_side(sum(tensor.nbytes for entry in entries for tensor in entry.tensors.values())):
                 for name, here in by_site.items():
                     self.add(name).put(slot, here)
+                    self.version += 1
         except BaseException:
             self.drop(slot)
             raise
 
     def drop(self, slot: int) -> None:
         """Forget a slot at all sites."""
+        self.version += 1
         for site in self._sites.values():
             site.drop(slot)
 

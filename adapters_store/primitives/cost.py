@@ -19,6 +19,7 @@ from scipy.optimize import nnls
 from adapters_store.mixing import Mix, MixedBatch
 
 FORMS = ("native", "dense", "fold")
+FORM = "form"  # key of a batch's memo, for who knows which form must serve it
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ def cheapest(
     """
     if _forced and (_forced[-1] != "native" or can_native):
         return _forced[-1]
+    if FORM in batch.memo:
+        return str(batch.memo[FORM])
     key = (ranks.tobytes(), d_in, d_out, dtype, can_native)
     form: str | None = batch.memo.get(key)
     if form is None:

@@ -66,6 +66,12 @@ typedef struct {
     int64_t lanes;
 } entry;
 
+/* The adapters at one site, by slot. It stays where it is while slots are filled and emptied; entries may move. */
+typedef struct {
+    const entry *entries;
+    int64_t num_slots;
+} bank;
+
 /* Who uses which adapter in a batch; made once per batch and read by all sites. */
 typedef struct {
     int64_t num_panels;
@@ -73,7 +79,9 @@ typedef struct {
     const int64_t *panels; /* (num_panels + 1, 2) first token and first group of each */
     const int64_t *tokens; /* (num_tokens,) row in x and y */
     const int64_t *groups; /* (num_groups + 1, 2) slot, and the first of its uses; a panel's groups in order of slots */
-    const int64_t *uses;   /* (num_uses, 2) index into tokens, index into weights */
+    const int64_t *uses;   /* (num_uses, 2) index into tokens, index into a layer's weights */
+    const float *weights;  /* (layers, num_pairs) */
+    int64_t num_pairs;
 } plan;
 
 /* One call: a batch at a site. */
@@ -84,7 +92,7 @@ typedef struct {
     int64_t x_stride, y_stride; /* elements from token to token */
     int64_t d_in, d_out;
     const float *weights;
-    const entry *bank;
+    const bank *adapters;
 } site;
 
 /* One adapter and those of a panel's tokens that use it. */
@@ -416,13 +424,19 @@ static char *scratch(int64_t bytes) {
     return kept;
 }
 
+/* The adapter of a slot; one of rank 0 for slots that the site has never heard of. */
+static const entry *at_slot(const bank *adapters, int64_t slot) {
+    static const entry none;
+    return slot < adapters->num_slots ? adapters->entries + slot : &none;
+}
+
 /* Find the parts, and room for what a panel needs. False if there is no memory for it. */
 static int prepare_and_run(const site *here, const arithmetic *by, int64_t index) {
     const plan *batch = here->batch;
     const int64_t *at = batch->panels + 2 * index, *groups = batch->groups + 2 * at[1];
     int64_t num_groups = at[3] - at[1], hidden = 0;
     for (int64_t g = 0; g < num_groups; g++) {
-        const entry *adapter = here->bank + groups[2 * g];
+        const entry *adapter = at_slot(here->adapters, groups[2 * g]);
         if (adapter->rank > 0) hidden += (groups[2 * g + 3] - groups[2 * g + 1]) * adapter->lanes;
     }
     if (hidden == 0) return 1;
@@ -440,7 +454,7 @@ static int prepare_and_run(const site *here, const arithmetic *by, int64_t index
     float *next = now.sums + sums;
     now.copies = next + hidden;
     for (int64_t g = 0; g < num_groups; g++) {
-        const entry *adapter = here->bank + groups[2 * g];
+        const entry *adapter = at_slot(here->adapters, groups[2 * g]);
         if (adapter->rank == 0) continue;
         int64_t first = groups[2 * g + 1], num_uses = groups[2 * g + 3] - first;
         now.parts[now.num_parts++] = (part){adapter, batch->uses + 2 * first, num_uses, next};
@@ -462,9 +476,10 @@ static int64_t run(const site *here, const arithmetic *by) {
 /* The entry points give 0, or 1 if memory ran out. */
 #define ADD(NAME, ...)                                                                                               \
     int64_t NAME(const plan *batch, const void *x, int64_t x_stride, void *y, int64_t y_stride, int64_t d_in,        \
-                 int64_t d_out, const float *weights, const entry *bank) {                                           \
+                 int64_t d_out, int64_t layer, const bank *adapters) {                                               \
         static const arithmetic by = {__VA_ARGS__};                                                                  \
-        site here = {batch, x, y, x_stride, y_stride, d_in, d_out, weights, bank};                                   \
+        const float *weights = batch->weights + layer * batch->num_pairs;                                            \
+        site here = {batch, x, y, x_stride, y_stride, d_in, d_out, weights, adapters};                               \
         return run(&here, &by);                                                                                      \
     }
 ADD(lowrank_add_f32, shrink, expand, 0, 0)

@@ -72,6 +72,11 @@ class LowRankBank(Bank):
         """The table of addresses that launches on a GPU read; None where another form serves."""
         return None if self._torch_only or cost.is_forced() else self._grouped
 
+    @property
+    def native(self) -> native.Table | None:
+        """The table of addresses that the CPU's kernel reads; None where another form serves."""
+        return None if self._torch_only or cost.is_forced() or not self._has_native else self._table
+
     def prepare(self, entry: Entry) -> _Slot:
         """Scale folded into B in float32; then the layout that serves."""
         A, B = entry.tensors["A"], wide(entry.tensors["B"]) * float(entry.options.get("scale", 1.0))

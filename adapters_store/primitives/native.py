@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapters_store import compiled, memory
+from adapters_store import compiled, memory, tape
 from adapters_store.compiled import Status
 from adapters_store.mixing import Mix, MixedBatch
 from adapters_store.primitives.panels import Panels
 from adapters_store.primitives.two_layer import Pair
 
+PREPARED = "native"  # key of a batch's memo: the batch as the kernel takes it
 MAX_RANK = 512  # beyond, a product is wide enough for torch's own
 _FLAGS = (*compiled.FLAGS, "-ffp-contract=off")  # lowrank.c says why
 _SOURCE, _INCLUDED = (Path(__file__).with_name(name) for name in ("lowrank.c", "lowrank_bf16.c"))
@@ -88,12 +89,15 @@ def supports(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class Table:
-    """The C array of entries by slot at one site, and the ranks in it. Empty slots have rank 0 and are skipped."""
+    """The C struct `bank` of one site: entries by slot, and the ranks in them. Empty slots have rank 0."""
+
+    layout = ()  # calls of the kernel depend on nothing that changes: the struct stays where it is
 
     def __init__(self) -> None:
         self.ranks = np.zeros(0, np.int64)
         self._rows = np.zeros((0, 4), np.int64)
-        self.address = 0
+        self._bank = np.zeros(2, np.int64)  # the C struct `bank`
+        self.address = self._bank.ctypes.data
 
     def fill(self, slot: int, rank: int, pair: NativePair | None) -> None:
         """Enter an adapter; without a pair its rank only, for the cost model."""
@@ -102,13 +106,13 @@ class Table:
         self._rows[slot] = pair.row if pair else 0
 
     def reach(self, slot: int) -> None:
-        """Grow until the slot has a row: the kernel reads the row of every slot of a batch, also of absent ones."""
+        """Grow until the slot has a rank: the cost model asks for every slot of a batch, also for absent ones."""
         if slot < len(self.ranks):
             return
         room = max(16, 2 * (slot + 1))
         self.ranks = np.concatenate([self.ranks, np.zeros(room - len(self.ranks), np.int64)])
         self._rows = np.concatenate([self._rows, np.zeros((room - len(self._rows), 4), np.int64)])
-        self.address = self._rows.ctypes.data
+        self._bank[:] = self._rows.ctypes.data, room
 
 
 class _Plan(ctypes.Structure):
@@ -117,7 +121,8 @@ class _Plan(ctypes.Structure):
     _fields_ = [
         ("num_panels", ctypes.c_int64),
         ("num_threads", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("panels", "tokens", "groups", "uses")),
+        *((name, ctypes.c_void_p) for name in ("panels", "tokens", "groups", "uses", "weights")),
+        ("num_pairs", ctypes.c_int64),
     ]
 
 
@@ -129,27 +134,51 @@ class _Prepared:
         threads = torch.get_num_threads()
         panels = Panels.of(batch, threads)
         self._kept = (weights, panels)
-        tables = (panels.panels, panels.tokens, panels.groups, panels.uses)
-        self._plan = _Plan(len(panels.panels) - 1, threads, *(table.ctypes.data for table in tables))
+        tables = (panels.panels, panels.tokens, panels.groups, panels.uses, weights)
+        addresses = (table.ctypes.data for table in tables)
+        self.plan = _Plan(len(panels.panels) - 1, threads, *addresses, weights.shape[1])
+        self.address = ctypes.addressof(self.plan)
+
+    @staticmethod
+    def of(batch: MixedBatch) -> "_Prepared | Standing":
+        """What was prepared for the batch, once."""
+        prepared: _Prepared | Standing | None = batch.memo.get(PREPARED)
+        if prepared is None:
+            prepared = batch.memo[PREPARED] = _Prepared(batch)
+        return prepared
+
+
+class Standing:
+    """A batch as the kernel takes it, whose content changes while its address stays: for calls on a tape.
+
+    It takes part in a forward as memo[PREPARED] of a batch.
+    """
+
+    def __init__(self) -> None:
+        self._plan = _Plan()
+        self._prepared: _Prepared | Standing | None = None
         self.address = ctypes.addressof(self._plan)
-        self.weights = [weights.ctypes.data + layer * weights.strides[0] for layer in range(len(weights))]
+
+    def load(self, batch: MixedBatch) -> None:
+        """Make this batch the content."""
+        prepared = _Prepared.of(batch)
+        if prepared is not self._prepared:
+            ctypes.memmove(self.address, prepared.address, ctypes.sizeof(_Plan))
+            self._prepared = prepared
 
 
 def add(out: Tensor, x: Tensor, table: Table, batch: MixedBatch, layer: int) -> None:
     """out[t] += sum over the mix of token t of weight * B (A x[t]), in place.
 
-    x: (tokens, d_in), out: (tokens, d_out), unit stride in the last dimension. The table must reach batch.max_slot.
+    x: (tokens, d_in), out: (tokens, d_out), unit stride in the last dimension.
     """
     _call(_functions()[x.dtype], out, x, table, batch, layer)
 
 
 def _call(function: Any, out: Tensor, x: Tensor, table: Table, batch: MixedBatch, layer: int) -> None:
-    prepared: _Prepared | None = batch.memo.get("native")
-    if prepared is None:
-        prepared = batch.memo["native"] = _Prepared(batch)
-    failed = function(
-        prepared.address, x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0), x.shape[1], out.shape[1],
-        prepared.weights[layer], table.address,
+    failed = tape.call(
+        function, _Prepared.of(batch).address, x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0),
+        x.shape[1], out.shape[1], layer, table.address,
     )  # fmt: skip
     if failed:
         raise MemoryError("no memory for the hidden states of a batch")
@@ -187,7 +216,7 @@ def _open(path: Path) -> Any:
     for name in {"lowrank_add_bf16", *_entry_points(library).values()}:  # tests call also what does not serve here
         function = getattr(library, name)
         function.restype = number
-        function.argtypes = [pointer, pointer, number, pointer, number, number, number, pointer, pointer]
+        function.argtypes = [pointer, pointer, number, pointer, number, number, number, number, pointer]
     return library
 
 

@@ -306,30 +306,31 @@ static int is_sound(const call *c) {
     return 1;
 }
 
+/* The entry points give 0, or 1, nothing read, if tokens are in no page or heads too long. */
 #define DECODE(NAME, HALF)                                                                                        \
     int64_t NAME(const call *c) {                                                                                 \
-        if (!is_sound(c)) return 0;                                                                               \
+        if (!is_sound(c)) return 1;                                                                               \
         int64_t n = heads_together(HALF, c), parts = (c->kv_heads + n - 1) / n;                                   \
         _Pragma("omp parallel for schedule(dynamic) num_threads(c->num_threads) if(c->num_threads > 1)")          \
         for (int64_t i = 0; i < c->rows * parts; i++) {                                                           \
             int64_t first = i % parts * n;                                                                        \
             attend_heads(HALF, c, i / parts, first, least(first + n, c->kv_heads));                               \
         }                                                                                                         \
-        return 1;                                                                                                 \
+        return 0;                                                                                                 \
     }
 DECODE(attention_decode_f32, 0)
 DECODE(attention_decode_bf16, 1)
 
 /* pages[places[t] / PAGE, :, places[t] % PAGE] = new[:, t], for pages (num_pages, heads, PAGE) of `bytes` each; the
- * strides of `new` are in bytes too. Returns 0, nothing written, if a place is out of the pages. */
+ * strides of `new` are in bytes too. Gives 0, or 1, nothing written, if a place is out of the pages. */
 int64_t attention_append(const char *new, int64_t head_stride, int64_t token_stride, const int64_t *places,
                          int64_t tokens, char *pages, int64_t num_pages, int64_t heads, int64_t bytes) {
     for (int64_t t = 0; t < tokens; t++)
-        if (places[t] < 0 || places[t] >= num_pages * PAGE) return 0;
+        if (places[t] < 0 || places[t] >= num_pages * PAGE) return 1;
     for (int64_t t = 0; t < tokens; t++) {
         char *page = pages + (places[t] / PAGE * heads * PAGE + places[t] % PAGE) * bytes;
         for (int64_t h = 0; h < heads; h++)
             memcpy(page + h * PAGE * bytes, new + h * head_stride + t * token_stride, bytes);
     }
-    return 1;
+    return 0;
 }

@@ -27,6 +27,7 @@ from server.generation.pages import PAGE, PagePool, pages_for
 from server.generation.plan import Chunk, Plan
 from server.generation.sampling import Draw, Sampling
 from server.generation.sequence import TokenSequence
+from server.generation.taped import TapedDecode, plays_right
 
 _PROBE_LENGTHS = (21, 5, 37)  # over, within and at the border of pages
 _FAILURES = (ValueError, RuntimeError, IndexError, TypeError, KeyError, AttributeError, NotImplementedError)
@@ -47,10 +48,11 @@ class Decoder:
         self._accepts = set(inspect.signature(self.encoder.model.forward).parameters)
         self.is_packed = config._attn_implementation == PACKED  # noqa: SLF001  # no public way to ask
         self._last: tuple[list[tuple[int, Mix | None]], MixedBatch] | None = None
-        self.graphs: GraphedDecode | None = None
+        self.graphs: GraphedDecode | TapedDecode | None = None
         self.forward_s = 0.0  # spent in the model, in all
         self._last_block = last_block(self.encoder) if self.is_packed else None
         self.memory = self._probed_narrow(config) or self._probed(config)
+        has_tapes = self._plays_right()
         num_pages = kv_bytes // self.memory.page_bytes
         self.max_length = min(max_length or self.encoder.max_length, self.encoder.max_length, num_pages * PAGE)
         if self.max_length < PAGE:
@@ -62,6 +64,7 @@ class Decoder:
             self.memory = self.memory.resized(num_pages)
         except (RuntimeError, OSError, OverflowError) as error:
             raise ValueError(f"the system does not give {kv_bytes} bytes of KV memory: {error}") from error
+        self.graphs = self._taped(self.max_length) if has_tapes else None
 
     def use_graphs(self, *, captures: bool) -> None:
         """Run steps of single tokens over static buffers from now on; captures: as CUDA graphs."""
@@ -187,13 +190,10 @@ class Decoder:
 
     def _probe(self) -> list[float]:
         """Differences between steps and plain forwards, relative to the largest logit."""
-        pool, vocab = PagePool(self.memory.num_pages), self.language.vocab_size
+        pool = PagePool(self.memory.num_pages)
         apart, sequences = [], []
         for n, length in enumerate(_PROBE_LENGTHS):
-            ids = [(7 * i + 13 * n + 11) % (vocab - 2) + 1 for i in range(length)]
-            sequence = TokenSequence(ids, None, Draw(Sampling(), ids, vocab), max_tokens=1)
-            sequence.pages = pool.take(pages_for(length)) or []
-            sequences.append(sequence)
+            sequences.append(self._probe_sequence(n, length, pool.take(pages_for(length)) or []))
         for counts in ((16, 0, 9), (3, 5, 1), (1, 0, 26), (1, 0, 1)):  # chunks, single tokens, both at once
             chunks = [Chunk(s, s.computed, n) for s, n in zip(sequences, counts, strict=True) if n]
             plan = Plan(chunks, self.encoder.device)
@@ -203,6 +203,29 @@ class Decoder:
             ended = [chunk.sequence for chunk in plan.chunks if chunk.is_last]
             apart += self._differences(logits, ended)
         return apart
+
+    def _taped(self, max_length: int) -> TapedDecode:
+        return TapedDecode(self._over_buffers, self.encoder.sites, most_pages=pages_for(max_length))
+
+    @torch.inference_mode()
+    def _plays_right(self) -> bool:
+        """True if decode steps from a tape give the logits of the usual way, bit for bit."""
+        if not self.is_packed or not native_attention.supports(self.encoder.dtype, self.encoder.device):
+            return False
+        prompts = [self._probe_sequence(n, length, [2 * n, 2 * n + 1]) for n, length in enumerate((17, 28))]
+        self._eager(Plan([Chunk(prompt, 0, prompt.num_prompt) for prompt in prompts], self.encoder.device))
+        steps = []
+        for more in (1, 2, 3):
+            longer = [self._probe_sequence(n, one.num_prompt + more, one.pages) for n, one in enumerate(prompts)]
+            steps.append(Plan([Chunk(one, one.num_prompt - 1, 1) for one in longer], self.encoder.device))
+        return plays_right(self._taped(2 * PAGE), steps, self._eager)
+
+    def _probe_sequence(self, n: int, length: int, pages: list[int]) -> TokenSequence:
+        vocab = self.language.vocab_size
+        ids = [(7 * i + 13 * n + 11) % (vocab - 2) + 1 for i in range(length)]
+        sequence = TokenSequence(ids, None, Draw(Sampling(), ids, vocab), max_tokens=1)
+        sequence.pages = pages
+        return sequence
 
     def _differences(self, logits: Tensor, ended: Sequence[TokenSequence]) -> list[float]:
         with torch.inference_mode():

@@ -10,16 +10,17 @@ other than low-rank ones are not replayed. Capturing has not been run on a GPU y
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from adapters_store.mixing import Mix, MixedBatch
+from adapters_store.mixing import MixedBatch
+from adapters_store.primitives import Bank
 from adapters_store.primitives.grouping import Grouping, grouped_tiles
 from adapters_store.sites import Sites
+from server.generation.layout import Layout
 from server.generation.pages import PAGE
 from server.generation.plan import Plan
 
@@ -60,7 +61,7 @@ class StepBuffers:
 
     def __init__(self, shape: Shape, num_layers: int, idle_page: int, device: torch.device) -> None:
         rows, pages, pairs = self.shape = shape
-        self._idle_page, self._num_layers, self._device = idle_page, num_layers, device
+        self._idle_page = idle_page
         sizes = {
             "ids": (rows,), "positions": (rows,), "places": (rows,), "lengths": (rows,), "tables": (rows, pages),
             "tiles": (rows, 4), "pair_slot": (rows * pairs,),
@@ -101,13 +102,6 @@ class StepBuffers:
             self.grouping.weights[:, : len(batch.pair_slot)] = batch.pair_weight
         self._batch = batch
 
-    def standing(self, slots: tuple[int, ...]) -> MixedBatch:
-        """The batch that sites see: all rows, some slot of every site that has adapters, and the buffers' grouping."""
-        mix = Mix(slots, np.ones((len(slots), self._num_layers), np.float32)) if self.shape.pairs and slots else None
-        batch = MixedBatch.of([(self.shape.rows, mix)], self._num_layers, self._device)
-        batch.memo[Grouping] = self.grouping
-        return batch
-
 
 def _cut(flat: Tensor, sizes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Views of these shapes, one behind the other."""
@@ -115,36 +109,7 @@ def _cut(flat: Tensor, sizes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     return {name: part.view(size) for (name, size), part in zip(sizes.items(), parts, strict=True)}
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What captured launches of adapters depend on besides the buffers.
-
-    tables: the sites that have low-rank adapters, and where and how large their tables are. slots: some of each of
-    them; any will do.
-    """
-
-    tables: tuple[tuple[str, object], ...]
-    slots: tuple[int, ...] = field(compare=False)
-
-
-def layout_of(sites: Sites, batch: MixedBatch) -> Layout | None:
-    """The layout as it is; None if the batch needs more than low-rank kernels."""
-    others = {
-        slot for site in sites.values() for bank in site.banks.values() if not _table(bank) for slot in bank.slots
-    }
-    if not others.isdisjoint(batch.active):
-        return None
-    slots, tables = set(), []
-    for name, site in sites.items():
-        for bank in site.banks.values():
-            own = next((slot for slot in bank.slots if slot not in others), None)
-            if own is not None:
-                slots.add(own)
-                tables.append((name, _table(bank).layout))
-    return Layout(tuple(tables), tuple(sorted(slots)))
-
-
-def _table(bank: Any) -> Any:
+def _grouped(bank: Bank) -> Any:
     """The bank's table of addresses on the device, if kernels serve all that is resident in it."""
     return getattr(bank, "grouped", None)
 
@@ -172,8 +137,8 @@ class GraphedDecode:
         """
         if self.failure or not plan.chunks or plan.num_singles != len(plan.chunks):
             return None
-        layout = layout_of(self._sites, batch)
-        if layout is None:
+        layout = Layout.of(self._sites, _grouped)
+        if not layout.serves(batch):
             return None
         shape = Shape.of(plan, batch)
         if shape not in self._buffers:
@@ -183,8 +148,11 @@ class GraphedDecode:
         return None if found is None else found[: plan.num_singles]
 
     def _eager(self, shape: Shape, layout: Layout) -> Tensor:
-        buffers = self._buffers[shape]
-        return self._forward(buffers, buffers.standing(layout.slots))
+        buffers, sites = self._buffers[shape], self._sites
+        rows = MixedBatch.of([(shape.rows, None)], sites.num_layers, sites.device)
+        batch = layout.standing(shape.rows, sites) if shape.pairs else rows
+        batch.memo[Grouping] = buffers.grouping
+        return self._forward(buffers, batch)
 
     def _replayed(self, shape: Shape, layout: Layout) -> Tensor | None:
         if layout != self._layout:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adapters_store import compiled
+from adapters_store import compiled, tape
 from adapters_store.compiled import Status
 from adapters_store.packing import Scoring
 from server.generation.pages import PAGE
@@ -92,19 +92,19 @@ class _Kernel:
             _address(tables, (sequences, most), torch.int64), most, rows, _address(lengths, (sequences,), torch.int64),
             torch.get_num_threads(), scoring.window or 0, scoring.scale, scoring.softcap or 0.0,
         )  # fmt: skip
-        is_sound = functions[dtype](ctypes.byref(call))
-        assert is_sound, "tokens are in no page, heads are too long, or no memory is left"
+        failed = tape.call(functions[dtype], ctypes.byref(call))
+        assert not failed, "tokens are in no page, heads are too long, or no memory is left"
         return out
 
     def append(self, new: Tensor, pages: Tensor, places: Tensor) -> None:
         """Write one of keys and values; see the function of this name."""
         (num_pages, kv_heads, _, d), tokens, size = pages.shape, len(places), pages.element_size()
         start, head_stride, token_stride = _located(new, (kv_heads, tokens, d), pages.dtype)
-        is_sound = self.of_append(
-            start, head_stride * size, token_stride * size, _address(places, (tokens,), torch.int64), tokens,
+        failed = tape.call(
+            self.of_append, start, head_stride * size, token_stride * size, _address(places, (tokens,), torch.int64), tokens,
             _address(pages, (num_pages, kv_heads, PAGE, d), pages.dtype), num_pages, kv_heads, d * size,
         )  # fmt: skip
-        assert is_sound, "places name tokens that are in no page"
+        assert not failed, "places name tokens that are in no page"
 
 
 def status() -> Status:

@@ -261,15 +261,15 @@ INLINE int attend_head(const int half, const call *c, int64_t head, int64_t slic
     return 1;
 }
 
-/* tables: (1, most) and lengths: (1,) of the sequence; rows are its last tokens, already in pages. Returns 0 if tokens
- * are in no page, or if there is no memory to lay keys and values out in. */
+/* tables: (1, most) and lengths: (1,) of the sequence; rows are its last tokens, already in pages. Gives 0, or 1 if
+ * tokens are in no page, or if there is no memory to lay keys and values out in. */
 INLINE int64_t prefill(const int half, const call *c) {
-    if (c->d > MAX_D || c->d_v > MAX_D || !is_there(c, 0) || c->lengths[0] < c->rows) return 0;
+    if (c->d > MAX_D || c->d_v > MAX_D || !is_there(c, 0) || c->lengths[0] < c->rows) return 1;
     int64_t slices = c->num_threads > 1 ? parts(c->num_threads, c->kv_heads) : 1, missing = 0;
 #pragma omp parallel for schedule(dynamic) reduction(+ : missing) num_threads(c->num_threads) if (c->num_threads > 1)
     for (int64_t i = 0; i < c->kv_heads * slices; i++)
         missing += !attend_head(half, c, i / slices, i % slices, slices);
-    return !missing;
+    return missing > 0;
 }
 
 int64_t attention_prefill_f32(const call *c) { return prefill(0, c); }

@@ -18,7 +18,8 @@ from adapters_store.primitives import Entry
 from adapters_store.primitives.grouping import Grouping
 from server.generation.batcher import Batcher
 from server.generation.decoder import Decoder
-from server.generation.graphs import GraphedDecode, Shape, StepBuffers, layout_of
+from server.generation.graphs import GraphedDecode, Shape, StepBuffers, _grouped
+from server.generation.layout import Layout
 from server.generation.pages import PAGE, pages_for
 from server.generation.plan import Chunk, Plan
 from server.generation.sampling import Draw, Sampling
@@ -207,19 +208,19 @@ def test_compositions_decode_together_as_each_alone_while_adapters_come_and_go(d
 @devices
 def test_the_layout_changes_with_what_launches_depend_on_and_with_nothing_else(device: str) -> None:
     language, generator = engine("llama", device).decoder.language, torch.Generator().manual_seed(9)
-    sites, batch = language.encoder.sites, MixedBatch.of([(1, mix_of(0, 1))], 2, torch.device(device))
-    first = layout_of(sites, batch)
+    sites = language.encoder.sites
+    first = Layout.of(sites, _grouped)
 
     sites.put(3, lowranks(language, 9, generator))
-    assert layout_of(sites, batch) == first
+    assert Layout.of(sites, _grouped) == first
     sites.put(3, lowranks(language, 33, generator))
-    wider = layout_of(sites, batch)
+    wider = Layout.of(sites, _grouped)
     assert wider != first
     sites.drop(3)
     sites.drop(2)
-    assert layout_of(sites, batch) == wider
+    assert Layout.of(sites, _grouped) == wider
     sites.drop(4)  # the last one at its sites
-    assert layout_of(sites, batch) != wider
+    assert Layout.of(sites, _grouped) != wider
 
 
 @devices
@@ -255,4 +256,4 @@ def test_nothing_in_the_forward_waits_for_the_device(device: str, family: str) -
     buffers.load(plan, batch)
 
     with torch.no_grad(), NothingIsReadBack():
-        decoder._over_buffers(buffers, buffers.standing(()))
+        decoder._over_buffers(buffers, MixedBatch.of([(buffers.num_singles, None)], 2, torch.device(device)))
