@@ -44,7 +44,8 @@ class LanguageModel:
         """(n, vocab_size) float32 of hidden states (n, hidden_size)."""
         layer = self._projection
         projected = linear_layers.forward(layer, hidden) if type(layer) is nn.Linear else layer(hidden)
-        logits: Tensor = projected.float() * self._factor
+        logits: Tensor = projected.float()
+        logits = logits if self._factor == 1 else logits * self._factor
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
 
     @torch.no_grad()

@@ -37,7 +37,14 @@
 /* Keeps a number in a register: the compiler would else read it anew for each of its products. */
 #define HOLD(x) __asm__("" : "+v"(x))
 
-/* One call. weight: (strips, words, 32 words), where a word is a float or a pair, zeros where W has none;
+/* What a caller gives: as below; x_row: elements from row to row. */
+typedef struct {
+    const char *weight, *bias, *x;
+    char *y;
+    int64_t d_in, d_out, x_row, rows, num_threads;
+} arguments;
+
+/* Some rows of it. weight: (strips, words, 32 words), where a word is a float or a pair, zeros where W has none;
  * bias: (d_out,) or NULL; x: rows of as many words, x_row bytes apart; y: (rows, d_out). */
 typedef struct {
     const char *weight, *bias;
@@ -158,15 +165,16 @@ static const char *spread(const char *x, int64_t bytes, int64_t rows, int64_t *r
 
 /* 0, or 1 if memory ran out. */
 #define LINEAR(NAME, HALF)                                                                                           \
-    int64_t NAME(const char *weight, const char *bias, int64_t d_in, int64_t d_out, const char *x, int64_t x_row,    \
-                 int64_t rows, char *y, int64_t num_threads) {                                                       \
-        const int64_t strips = (d_out + OUTPUTS - 1) / OUTPUTS, bytes = d_in * SIZE(HALF), most = BLOCK * num_threads; \
-        for (int64_t first = 0; first < rows; first += most) {                                                       \
-            int64_t n = least(rows - first, most), row = x_row * SIZE(HALF), blocks = (n + BLOCK - 1) / BLOCK;       \
-            const char *some = spread(x + first * row, bytes, n, &row, num_threads);                                 \
-            if (!some) return 1;                                                                                     \
-            const call c = {weight, bias, (bytes + 3) / 4, d_out, some, row, n, y + first * d_out * SIZE(HALF)};     \
-            _Pragma("omp parallel for schedule(static) num_threads(num_threads) if(num_threads > 1)")                \
+    int64_t NAME(const arguments *a) {                                                                               \
+        const int64_t threads = a->num_threads, most = BLOCK * threads, size = SIZE(HALF);                           \
+        const int64_t strips = (a->d_out + OUTPUTS - 1) / OUTPUTS, bytes = a->d_in * size;                           \
+        for (int64_t first = 0; first < a->rows; first += most) {                                                    \
+            int64_t n = least(a->rows - first, most), row = a->x_row * size, blocks = (n + BLOCK - 1) / BLOCK;       \
+            const char *x = spread(a->x + first * row, bytes, n, &row, threads);                                     \
+            if (!x) return 1;                                                                                        \
+            char *y = a->y + first * a->d_out * size;                                                                \
+            const call c = {a->weight, a->bias, (bytes + 3) / 4, a->d_out, x, row, n, y};                            \
+            _Pragma("omp parallel for schedule(static) num_threads(threads) if(threads > 1)")                        \
             for (int64_t i = 0; i < blocks * strips; i++) multiply_block(HALF, &c, i / strips, i % strips);          \
         }                                                                                                            \
         return 0;                                                                                                    \

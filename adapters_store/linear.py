@@ -27,6 +27,15 @@ _LINEAR = {torch.float32: "linear_f32", torch.bfloat16: "linear_bf16"}
 _Functions = dict[torch.dtype, Callable[..., int]]  # they release the GIL, and share torch's threads (same soname)
 
 
+class _Call(ctypes.Structure):
+    """The C struct `arguments`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "x", "y")),
+        *((name, ctypes.c_int64) for name in ("d_in", "d_out", "x_row", "rows", "num_threads")),
+    ]
+
+
 @dataclass(frozen=True)
 class Strips:
     """A weight (d_out, d_in) as the kernel reads it.
@@ -85,9 +94,9 @@ def _linear(function: Callable[..., int], x: Tensor, strips: Strips, bias: Tenso
     threads = torch.get_num_threads()
     if threads > 1:
         threads = min(threads, rows * d_in * d_out // _MIN_SHARE + 1)
-    address = 0 if bias is None else bias.data_ptr()
+    address = None if bias is None else bias.data_ptr()
     words = strips.words.data_ptr()
-    if tape.call(function, words, address, d_in, d_out, x.data_ptr(), row, rows, y.data_ptr(), threads):
+    if tape.call(function, _Call(words, address, x.data_ptr(), y.data_ptr(), d_in, d_out, row, rows, threads)):
         raise MemoryError(f"no memory to multiply {rows} rows of {d_in}")
     return y
 
@@ -103,7 +112,7 @@ def _load() -> tuple[_Functions, Status]:
     if _has_matrix_units():
         functions.pop(torch.bfloat16, None)  # torch uses them; whether the kernel is faster there was not measured
     for function in functions.values():
-        function.argtypes, function.restype = [ctypes.c_int64] * 9, ctypes.c_int64
+        function.restype = ctypes.c_int64
     if not functions:
         return {}, Status(False, "torch multiplies: the kernel is for processors with AVX-512")
     if not all(itertools.starmap(_agrees_with_torch, functions.items())):

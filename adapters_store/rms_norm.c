@@ -12,6 +12,14 @@
 
 #define LANES 32 /* sums side by side */
 
+/* One call. x and y: (rows, d), weight: (d,). */
+typedef struct {
+    const void *x, *weight;
+    void *y;
+    int64_t rows, d, num_threads;
+    float eps;
+} call;
+
 #define RMS_NORM(TYPE, KIND)                                                                                      \
     static float inverse_rms_##KIND(const TYPE *x, int64_t d, float eps) {                                        \
         float sums[LANES] = {0}, sum = 0;                                                                         \
@@ -24,18 +32,19 @@
         sum = sums[0] / (float)d;                                                                                 \
         return 1.0f / sqrtf(sum + eps);                                                                           \
     }                                                                                                             \
-    void rms_norm_##KIND(const TYPE *restrict x, int64_t rows, int64_t d,                                         \
-                         const TYPE *restrict weight, float eps, TYPE *restrict y, int64_t num_threads) {         \
-        _Pragma("omp parallel for schedule(static) num_threads(num_threads) if(num_threads > 1)")                 \
-        for (int64_t row = 0; row < rows; row++) {                                                                \
-            const TYPE *from = x + row * d;                                                                       \
-            TYPE *to = y + row * d;                                                                               \
-            const float scale = inverse_rms_##KIND(from, d, eps);                                                 \
+    int64_t rms_norm_##KIND(const call *c) {                                                                      \
+        const int64_t d = c->d;                                                                                   \
+        _Pragma("omp parallel for schedule(static) num_threads(c->num_threads) if(c->num_threads > 1)")           \
+        for (int64_t row = 0; row < c->rows; row++) {                                                             \
+            const TYPE *restrict from = (const TYPE *)c->x + row * d, *restrict weight = c->weight;               \
+            TYPE *restrict to = (TYPE *)c->y + row * d;                                                           \
+            const float scale = inverse_rms_##KIND(from, d, c->eps);                                              \
             for (int64_t i = 0; i < d; i++) {                                                                     \
                 float hat = wide_##KIND(narrow_##KIND(wide_##KIND(from[i]) * scale));                             \
                 to[i] = narrow_##KIND(wide_##KIND(weight[i]) * hat);                                              \
             }                                                                                                     \
         }                                                                                                         \
+        return 0;                                                                                                 \
     }
 RMS_NORM(float, f32)
 RMS_NORM(bf16, bf16)

@@ -25,6 +25,16 @@ _MIN_WIDTH = 256  # as in linear_layers.py: small backbones, whose norms take no
 _SHARE = 64  # rows that are worth a thread
 
 
+class _Call(ctypes.Structure):
+    """The C struct `call`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "y")),
+        *((name, ctypes.c_int64) for name in ("rows", "d", "num_threads")),
+        ("eps", ctypes.c_float),
+    ]
+
+
 def status() -> Status:
     """Which form of RMSNorm serves on the CPU."""
     return _load()[1]
@@ -76,7 +86,7 @@ def _rms_norm(function: Callable[..., None], x: Tensor, weight: Tensor, eps: flo
     threads = torch.get_num_threads()
     if threads > 1:
         threads = min(threads, rows // _SHARE + 1)
-    tape.call(function, x.data_ptr(), rows, d, weight.data_ptr(), eps, y.data_ptr(), threads)
+    tape.call(function, _Call(x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, d, threads, eps))
     return y
 
 
@@ -106,8 +116,6 @@ def _load() -> tuple[dict[torch.dtype, Callable[..., None]], Status]:
     except compiled.FAILURES as error:
         return {}, Status(False, f"torch normalises: {compiled.reason(error)}")
     functions = {dtype: getattr(library, name) for dtype, name in _NAMES.items()}
-    number = ctypes.c_int64
     for function in functions.values():
-        function.argtypes = [number, number, number, number, ctypes.c_float, number, number]
-        function.restype = None
+        function.restype = ctypes.c_int64
     return functions, Status(True, f"native RMSNorm for {platform.machine()}")

@@ -28,7 +28,7 @@ typedef struct {
             y[half + i] = turned_##KIND(x[half + i], cos[half + i], wide_##KIND(x[i]), sin[half + i]);            \
         }                                                                                                         \
     }                                                                                                             \
-    void rotary_##KIND(const call *c) {                                                                           \
+    int64_t rotary_##KIND(const call *c) {                                                                        \
         const TYPE *x = c->x, *cos = c->cos, *sin = c->sin;                                                       \
         TYPE *y = c->y;                                                                                           \
         _Pragma("omp parallel for schedule(static) num_threads(c->num_threads) if(c->num_threads > 1)")           \
@@ -36,6 +36,7 @@ typedef struct {
             for (int64_t h = 0; h < c->heads; h++)                                                                \
                 rotate_##KIND(x + h * c->x_head + t * c->x_token, cos + t * c->d, sin + t * c->d, c->d / 2,       \
                               y + h * c->y_head + t * c->y_token);                                                \
+        return 0;                                                                                                 \
     }
 ROTARY(float, f32)
 ROTARY(bf16, bf16)

@@ -132,7 +132,7 @@ def _rotated(function: Callable[..., None], x: Tensor, cos: Tensor, sin: Tensor,
     (_, x_head, x_token, _), (_, y_head, y_token, _) = x.stride(), y.stride()
     pointers = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr()
     call = _Call(*pointers, heads, tokens, d, x_head, x_token, y_head, y_token, threads)
-    tape.call(function, ctypes.byref(call))
+    tape.call(function, call)
     return y
 
 
@@ -145,5 +145,5 @@ def _load() -> tuple[dict[torch.dtype, Callable[..., None]], Status]:
         return {}, Status(False, f"torch turns: {compiled.reason(error)}")
     functions = {dtype: getattr(library, name) for dtype, name in _KERNELS.items()}
     for function in functions.values():
-        function.restype = None
+        function.restype = ctypes.c_int64
     return functions, Status(True, f"native rotary embeddings for {platform.machine()}")

@@ -10,11 +10,14 @@ Between layers a step streams hundreds of megabytes, and Python's own objects ar
 on: a step of 8 layers spends 4 to 5 ms in Python, its tape 0.5 ms (Zen 4).
 """
 
+import ctypes
 import functools
+import itertools
 import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +26,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adapters_store import memory
+from adapters_store import compiled, memory, pointwise
 
 _LINE = 64  # bytes; everything begins at a line of the cache
 _UNFILLED = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")  # their numbers mean nothing
@@ -74,26 +77,55 @@ class _Room:
         return torch.from_numpy(place).view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
 
+class _Call(ctypes.Structure):
+    """The C struct `call`."""
+
+    _fields_ = [("kernel", ctypes.c_void_p), ("arguments", ctypes.c_void_p)]
+
+
+class _Kernels:
+    """Calls of kernels one behind the other, as one call (tape.c)."""
+
+    def __init__(self, calls: Sequence[tuple[Any, ctypes.Structure]]) -> None:
+        self._kept = calls
+        addresses = [
+            (ctypes.cast(kernel, ctypes.c_void_p).value, ctypes.addressof(arguments)) for kernel, arguments in calls
+        ]
+        self._calls = (_Call * len(calls))(*(_Call(*pair) for pair in addresses))
+        self._play = _load().play
+
+    def __call__(self) -> None:
+        failed = self._play(self._calls, len(self._calls))
+        if failed:
+            raise MemoryError(f"{self._kept[failed - 1][0].__name__} found no memory for its work")
+
+
+@functools.cache
+def _load() -> Any:
+    """The library that plays; raises one of compiled.FAILURES."""
+    library = ctypes.CDLL(str(compiled.build("tape", [Path(__file__).with_name("tape.c")])))
+    library.play.argtypes, library.play.restype = [ctypes.c_void_p, ctypes.c_int64], ctypes.c_int64
+    return library
+
+
 class Tape:
     """What was recorded. Valid while all tensors live on that the forward did not make itself."""
 
-    def __init__(self, calls: Sequence[Callable[[], Any]], kept: Sequence[Any], result: Tensor) -> None:
-        """kept: what lies outside the arena and must stay. result: what the forward gave, in the arena."""
-        self._calls, self._kept, self.result = calls, kept, result
-
-    def __len__(self) -> int:
-        """Calls that compute."""
-        return len(self._calls)
+    def __init__(self, calls: Sequence[Callable[[], Any] | tuple[Any, ctypes.Structure]], result: Tensor) -> None:
+        """calls: operators to call, and kernels with their arguments. result: what the forward gave, in the arena."""
+        self.num_calls = len(calls)
+        self._runs: list[Callable[[], Any]] = []
+        for is_kernel, run in itertools.groupby(calls, lambda call: isinstance(call, tuple)):
+            self._runs += [_Kernels(list(run))] if is_kernel else list(run)
+        self.result = result
 
     def play(self) -> Tensor:
         """Compute everything again; what the forward gives, until this or another tape of its arena plays.
 
         Raises MemoryError if a kernel finds no memory.
         """
-        for compute in self._calls:
-            failed = compute()
-            if failed.__class__ is int and failed:  # a kernel's; torch's operators give tensors
-                raise MemoryError("a kernel found no memory for its work")
+        for run in self._runs:
+            run()
         return self.result
 
 
@@ -108,15 +140,16 @@ class _Recording(threading.local):
 _recording = _Recording()
 
 
-def call(function: Callable[..., int], *args: Any) -> int:
-    """Call a kernel, which gives 0 or tells that it failed; and note it, if this thread is recording.
+def call(kernel: Any, arguments: ctypes.Structure) -> int:
+    """Call a kernel, a C function of one struct, which gives 0 or tells that it failed; note it while recording.
 
-    args: numbers, addresses of tensors and structs that stay.
+    arguments: numbers, and addresses of what outlives the tape or lies in tensors that the forward made.
     """
     recorder = _recording.now
     if recorder is not None:
-        recorder.calls.append(functools.partial(function, *args))
-    return function(*args)
+        recorder.calls.append((kernel, arguments))
+    failed: int = kernel(ctypes.byref(arguments))
+    return failed
 
 
 def record(forward: Callable[[], Tensor], arena: Arena) -> tuple[Tensor, Tape | str]:
@@ -132,7 +165,7 @@ def record(forward: Callable[[], Tensor], arena: Arena) -> tuple[Tensor, Tape | 
     if recorder.failure is not None:
         return result, recorder.failure
     result = arena.standing(result)
-    return result, Tape(recorder.calls, recorder.kept, result)
+    return result, Tape(recorder.calls, result)
 
 
 class _Recorder(TorchDispatchMode):
@@ -140,8 +173,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, arena: Arena) -> None:
         super().__init__()
-        self.calls: list[Callable[[], Any]] = []
-        self.kept: list[Any] = []
+        self.calls: list[Callable[[], Any] | tuple[Any, ctypes.Structure]] = []
         self.failure: str | None = None
         self._arena, self._room = arena, _Room(arena)
 
@@ -182,7 +214,13 @@ class _Recorder(TorchDispatchMode):
     def _note_into(
         self, operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor, moved: Tensor
     ) -> None:
-        """Fill `moved`: by the operator's form that writes where it is told, if that gives the same bits."""
+        """Fill `moved`: by a kernel or by the operator's form that writes where it is told, if the bits are the same."""
+        kernel = pointwise.call_of(operator, args, kwargs, moved)
+        if kernel is not None:
+            call(*kernel)
+            if _same_bits(moved, result):
+                return None
+            self.calls.pop()
         form = _writing_form(operator)
         if form is not None:
             form(*args, **kwargs, out=moved)

@@ -87,12 +87,11 @@ typedef struct {
 /* One call: a batch at a site. */
 typedef struct {
     const plan *batch;
+    const bank *adapters;
     const char *x;
     char *y;
     int64_t x_stride, y_stride; /* elements from token to token */
-    int64_t d_in, d_out;
-    const float *weights;
-    const bank *adapters;
+    int64_t d_in, d_out, layer;
 } site;
 
 /* One adapter and those of a panel's tokens that use it. */
@@ -302,13 +301,15 @@ INLINE const char *after_a(const panel *now, const part *p) {
 }
 
 static void shrink_part(const panel *now, const part *p) {
+    const plan *batch = now->here->batch;
+    const float *of_layer = batch->weights + now->here->layer * batch->num_pairs;
     for (int64_t u = 0, n; u < p->num_uses; u += n) {
         n = least(p->num_uses - u, SHARING);
         const void *x[SHARING];
         float weights[SHARING];
         for (int64_t t = 0; t < n; t++) {
             x[t] = now->x[p->uses[2 * (u + t)] - now->first_token];
-            weights[t] = now->here->weights[p->uses[2 * (u + t) + 1]];
+            weights[t] = of_layer[p->uses[2 * (u + t) + 1]];
         }
         now->by->shrink(n, x, now->here->d_in, p->adapter, weights, p->hidden + u * p->adapter->lanes,
                         u ? NULL : after_a(now, p));
@@ -475,12 +476,9 @@ static int64_t run(const site *here, const arithmetic *by) {
 
 /* The entry points give 0, or 1 if memory ran out. */
 #define ADD(NAME, ...)                                                                                               \
-    int64_t NAME(const plan *batch, const void *x, int64_t x_stride, void *y, int64_t y_stride, int64_t d_in,        \
-                 int64_t d_out, int64_t layer, const bank *adapters) {                                               \
+    int64_t NAME(const site *here) {                                                                                 \
         static const arithmetic by = {__VA_ARGS__};                                                                  \
-        const float *weights = batch->weights + layer * batch->num_pairs;                                            \
-        site here = {batch, x, y, x_stride, y_stride, d_in, d_out, weights, adapters};                               \
-        return run(&here, &by);                                                                                      \
+        return run(here, &by);                                                                                       \
     }
 ADD(lowrank_add_f32, shrink, expand, 0, 0)
 ADD(lowrank_add_bf16, shrink, expand, 1, 0)

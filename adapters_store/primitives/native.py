@@ -126,6 +126,15 @@ class _Plan(ctypes.Structure):
     ]
 
 
+class _Site(ctypes.Structure):
+    """The C struct `site`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("batch", "adapters", "x", "y")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "d_in", "d_out", "layer")),
+    ]
+
+
 class _Prepared:
     """A batch as the kernel takes it. Asking numpy for an address costs more than the rest of a call, so once here."""
 
@@ -176,11 +185,11 @@ def add(out: Tensor, x: Tensor, table: Table, batch: MixedBatch, layer: int) -> 
 
 
 def _call(function: Any, out: Tensor, x: Tensor, table: Table, batch: MixedBatch, layer: int) -> None:
-    failed = tape.call(
-        function, _Prepared.of(batch).address, x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0),
-        x.shape[1], out.shape[1], layer, table.address,
+    site = _Site(
+        _Prepared.of(batch).address, table.address, x.data_ptr(), out.data_ptr(), x.stride(0), out.stride(0),
+        x.shape[1], out.shape[1], layer,
     )  # fmt: skip
-    if failed:
+    if tape.call(function, site):
         raise MemoryError("no memory for the hidden states of a batch")
 
 
@@ -212,11 +221,8 @@ def _entry_points(library: Any) -> dict[torch.dtype, str]:
 
 def _open(path: Path) -> Any:
     library = ctypes.CDLL(str(path))  # releases the GIL while it runs; shares torch's OpenMP threads (same soname)
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
     for name in {"lowrank_add_bf16", *_entry_points(library).values()}:  # tests call also what does not serve here
-        function = getattr(library, name)
-        function.restype = number
-        function.argtypes = [pointer, pointer, number, pointer, number, number, number, number, pointer]
+        getattr(library, name).restype = ctypes.c_int64
     return library
 
 

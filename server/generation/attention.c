@@ -321,16 +321,23 @@ static int is_sound(const call *c) {
 DECODE(attention_decode_f32, 0)
 DECODE(attention_decode_bf16, 1)
 
-/* pages[places[t] / PAGE, :, places[t] % PAGE] = new[:, t], for pages (num_pages, heads, PAGE) of `bytes` each; the
- * strides of `new` are in bytes too. Gives 0, or 1, nothing written, if a place is out of the pages. */
-int64_t attention_append(const char *new, int64_t head_stride, int64_t token_stride, const int64_t *places,
-                         int64_t tokens, char *pages, int64_t num_pages, int64_t heads, int64_t bytes) {
-    for (int64_t t = 0; t < tokens; t++)
-        if (places[t] < 0 || places[t] >= num_pages * PAGE) return 1;
-    for (int64_t t = 0; t < tokens; t++) {
-        char *page = pages + (places[t] / PAGE * heads * PAGE + places[t] % PAGE) * bytes;
-        for (int64_t h = 0; h < heads; h++)
-            memcpy(page + h * PAGE * bytes, new + h * head_stride + t * token_stride, bytes);
+/* New keys or values (heads, tokens) of `bytes` each, the strides in bytes too; pages: (num_pages, heads, PAGE). */
+typedef struct {
+    const char *new;
+    const int64_t *places;
+    char *pages;
+    int64_t head_stride, token_stride, tokens, num_pages, heads, bytes;
+} appended;
+
+/* pages[places[t] / PAGE, :, places[t] % PAGE] = new[:, t]; 0, or 1, nothing written, if a place is out of the pages. */
+int64_t attention_append(const appended *a) {
+    for (int64_t t = 0; t < a->tokens; t++)
+        if (a->places[t] < 0 || a->places[t] >= a->num_pages * PAGE) return 1;
+    for (int64_t t = 0; t < a->tokens; t++) {
+        const int64_t page = a->places[t] / PAGE, within = a->places[t] % PAGE;
+        char *to = a->pages + (page * a->heads * PAGE + within) * a->bytes;
+        for (int64_t h = 0; h < a->heads; h++)
+            memcpy(to + h * PAGE * a->bytes, a->new + h * a->head_stride + t * a->token_stride, a->bytes);
     }
     return 0;
 }

@@ -42,6 +42,18 @@ class _Call(ctypes.Structure):
     ]
 
 
+class _Appended(ctypes.Structure):
+    """The C struct `appended`."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("new", "places", "pages")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("head_stride", "token_stride", "tokens", "num_pages", "heads", "bytes")
+        ),
+    ]
+
+
 @dataclass(frozen=True)
 class _Kernel:
     """The functions of the library. They release the GIL while they run, and share torch's threads (same soname)."""
@@ -59,7 +71,6 @@ class _Kernel:
         )
         for function in (*decode.values(), *prefill.values(), library.attention_append):
             function.restype = ctypes.c_int64
-        library.attention_append.argtypes = [ctypes.c_int64] * 9
         return _Kernel(decode, prefill, library.attention_append)
 
     def decode(
@@ -92,7 +103,7 @@ class _Kernel:
             _address(tables, (sequences, most), torch.int64), most, rows, _address(lengths, (sequences,), torch.int64),
             torch.get_num_threads(), scoring.window or 0, scoring.scale, scoring.softcap or 0.0,
         )  # fmt: skip
-        failed = tape.call(functions[dtype], ctypes.byref(call))
+        failed = tape.call(functions[dtype], call)
         assert not failed, "tokens are in no page, heads are too long, or no memory is left"
         return out
 
@@ -100,10 +111,12 @@ class _Kernel:
         """Write one of keys and values; see the function of this name."""
         (num_pages, kv_heads, _, d), tokens, size = pages.shape, len(places), pages.element_size()
         start, head_stride, token_stride = _located(new, (kv_heads, tokens, d), pages.dtype)
-        failed = tape.call(
-            self.of_append, start, head_stride * size, token_stride * size, _address(places, (tokens,), torch.int64), tokens,
-            _address(pages, (num_pages, kv_heads, PAGE, d), pages.dtype), num_pages, kv_heads, d * size,
+        kept = _address(pages, (num_pages, kv_heads, PAGE, d), pages.dtype)
+        call = _Appended(
+            start, _address(places, (tokens,), torch.int64), kept, head_stride * size, token_stride * size, tokens,
+            num_pages, kv_heads, d * size,
         )  # fmt: skip
+        failed = tape.call(self.of_append, call)
         assert not failed, "places name tokens that are in no page"
 
 
