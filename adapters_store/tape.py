@@ -11,12 +11,13 @@ on: a step of 8 layers spends 4 to 5 ms in Python, its tape 0.5 ms (Zen 4).
 """
 
 import ctypes
+import enum
 import functools
 import itertools
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adapters_store import compiled, memory, pointwise
 
 _LINE = 64  # bytes; everything begins at a line of the cache
-_UNFILLED = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")  # their numbers mean nothing
+_TAKING = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")}
+
+
+class _Effect(enum.Enum):
+    """What an operator does."""
+
+    WRITES = enum.auto()  # into what it is given
+    LOOKS = enum.auto()  # at what it is given, from another side; some copy it if they must
+    TAKES = enum.auto()  # memory, whose numbers mean nothing yet
+    MAKES = enum.auto()  # something new
+
+
+@functools.cache
+def _effect_of(operator: OpOverload) -> _Effect:
+    schema = operator._schema  # noqa: SLF001  # no public way to ask
+    if schema.is_mutable:
+        return _Effect.WRITES
+    if any(given.alias_info for given in schema.returns):
+        return _Effect.LOOKS
+    return _Effect.TAKES if schema.name in _TAKING else _Effect.MAKES
 
 
 class Arena:
@@ -129,10 +149,6 @@ class Tape:
         return self.result
 
 
-class NoTapeError(Exception):
-    """A forward cannot be played again; the message says why."""
-
-
 class _Recording(threading.local):
     now: "_Recorder | None" = None
 
@@ -141,19 +157,23 @@ _recording = _Recording()
 
 
 def call(kernel: Any, arguments: ctypes.Structure) -> int:
-    """Call a kernel, a C function of one struct, which gives 0 or tells that it failed; note it while recording.
+    """Call a kernel, a C function of one struct, which gives 0 or tells that it failed; only note it while recording.
 
     arguments: numbers, and addresses of what outlives the tape or lies in tensors that the forward made.
     """
     recorder = _recording.now
     if recorder is not None:
         recorder.calls.append((kernel, arguments))
+        return 0
     failed: int = kernel(ctypes.byref(arguments))
     return failed
 
 
-def record(forward: Callable[[], Tensor], arena: Arena) -> tuple[Tensor, Tape | str]:
-    """What the forward gives, and its tape, or why there is none."""
+def record(forward: Callable[[], Tensor], arena: Arena) -> Tape | str:
+    """The tape of a forward, or why there is none. What the forward computes meanwhile means nothing.
+
+    Kernels do not run: Python goes through all layers at once and stays in the caches.
+    """
     recorder = _recording.now = _Recorder(arena)
     try:
         with recorder:
@@ -161,11 +181,8 @@ def record(forward: Callable[[], Tensor], arena: Arena) -> tuple[Tensor, Tape | 
     finally:
         _recording.now = None
     if recorder.failure is None and not arena.holds(result):
-        recorder.failure = "what it gives is not of its making"
-    if recorder.failure is not None:
-        return result, recorder.failure
-    result = arena.standing(result)
-    return result, Tape(recorder.calls, result)
+        return "what it gives is not of its making"
+    return recorder.failure or Tape(recorder.calls, arena.standing(result))
 
 
 class _Recorder(TorchDispatchMode):
@@ -181,46 +198,40 @@ class _Recorder(TorchDispatchMode):
         self, operator: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = operator(*args, **kwargs)
-        if self.failure is not None:
+        result, does = operator(*args, **kwargs), _effect_of(operator)
+        if self.failure is not None or (does is _Effect.LOOKS and _is_part_of(result, args[0])):
             return result
-        given = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
-        if operator._schema.is_mutable:  # noqa: SLF001  # no public way to ask
+        if does is _Effect.WRITES:
             self._note(operator, args, kwargs)
-        elif not isinstance(result, Tensor | list | tuple):
-            self.failure = f"{operator} reads a number of a tensor"
-        elif any(tensor.untyped_storage().data_ptr() not in given for tensor in _tensors(result)):
-            result = self._moved(operator, args, kwargs, result)
-        return result
+            return result
+        if not isinstance(result, Tensor):
+            self.failure = f"{operator} gives something else than a tensor"
+            return result
+        return self._moved(operator, args, kwargs, result, is_filled=does is not _Effect.TAKES)
 
     def _note(self, operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         standing = self._arena.standing
         self.calls.append(functools.partial(operator, *_mapped(standing, args), **_mapped(standing, kwargs)))
 
-    def _moved(self, operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-        """What an operator made, in the arena; noted, unless its numbers mean nothing."""
-        if not isinstance(result, Tensor):
-            self.failure = f"{operator} makes more than one tensor"
-            return result
+    def _moved(
+        self, operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor, *, is_filled: bool
+    ) -> Tensor:
+        """What an operator made, in the arena; noted if its numbers mean something."""
         moved = self._room.like(result)
         if moved is None:
             self.failure = f"what it makes does not fit into {len(self._arena.bytes)} bytes"
             return result
-        name = operator._schema.name.removeprefix("aten::")  # noqa: SLF001
-        if name not in _UNFILLED:
+        if is_filled:
             self._note_into(operator, args, kwargs, result, moved)
         return moved
 
     def _note_into(
         self, operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor, moved: Tensor
     ) -> None:
-        """Fill `moved`: by a kernel or by the operator's form that writes where it is told, if the bits are the same."""
+        """Fill `moved`: by a kernel, or by the operator's form that writes where it is told if that gives the same bits."""
         kernel = pointwise.call_of(operator, args, kwargs, moved)
         if kernel is not None:
-            call(*kernel)
-            if _same_bits(moved, result):
-                return None
-            self.calls.pop()
+            return self.calls.append(kernel)
         form = _writing_form(operator)
         if form is not None:
             form(*args, **kwargs, out=moved)
@@ -265,12 +276,8 @@ def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in lists, tuples and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
+def _is_part_of(result: Any, given: Tensor) -> bool:
+    """True if what an operator gave is a view, or views, of what it was given."""
+    parts = [result] if isinstance(result, Tensor) else result
+    storage = given.untyped_storage().data_ptr()
+    return all(part.untyped_storage().data_ptr() == storage for part in parts)

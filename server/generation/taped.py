@@ -77,11 +77,13 @@ class TapedDecode:
         shape = Shape(plan.num_singles, bool(batch.mixes), torch.get_num_threads())
         if not plan.chunks or shape in self._without or not layout.serves(batch):
             return None
-        known = self._tapes.pop(shape, None)
-        if known is None:
-            return self._record(shape, layout, plan, batch)
-        self._tapes[shape] = known
-        buffers, tape = known
+        known = self._tapes.pop(shape, None) or self._recorded(shape, layout)
+        if isinstance(known, str):
+            self._without[shape] = known
+            return None
+        self._tapes[shape] = buffers, tape = known
+        if len(self._tapes) > MOST:
+            del self._tapes[next(iter(self._tapes))]
         buffers.load(plan, batch)
         self.num_played += 1
         return tape.play()
@@ -100,21 +102,14 @@ class TapedDecode:
             self._layout, self._layout_version = found, self._sites.version
         return self._layout
 
-    def _record(self, shape: Shape, layout: Layout, plan: Plan, batch: MixedBatch) -> Tensor:
-        """This step's logits, run the usual way over new buffers, and kept as a tape."""
+    def _recorded(self, shape: Shape, layout: Layout) -> tuple[RowBuffers, Tape] | str:
+        """A tape and the buffers that it reads, or why there is none."""
         buffers, sites = RowBuffers(shape.rows, self._most_pages), self._sites
-        buffers.load(plan, batch)
         bare = MixedBatch.of([(shape.rows, None)], sites.num_layers)
         standing = layout.standing(shape.rows, sites) if shape.has_mixes else bare
         standing.memo.update({native.PREPARED: buffers.mixes, cost.FORM: "native"})
-        logits, tape = record(lambda: self._forward(buffers, standing), self._arena)
-        if isinstance(tape, str):
-            self._without[shape] = tape
-        else:
-            self._tapes[shape] = buffers, tape
-            if len(self._tapes) > MOST:
-                del self._tapes[next(iter(self._tapes))]
-        return logits
+        tape = record(lambda: self._forward(buffers, standing), self._arena)
+        return tape if isinstance(tape, str) else (buffers, tape)
 
 
 def plays_right(tapes: TapedDecode, steps: Sequence[Plan], forward: Callable[[Plan], Tensor]) -> bool:
