@@ -44,8 +44,13 @@ def call_of(operator: object, args: tuple[Any, ...], kwargs: dict[str, Any], y: 
 
 
 def _is_like(part: Any, y: Tensor) -> bool:
-    return isinstance(part, Tensor) and part.is_cpu and part.dtype == y.dtype and part.stride() == y.stride() \
+    return (
+        isinstance(part, Tensor)
+        and part.is_cpu
+        and part.dtype == y.dtype
+        and part.stride() == y.stride()
         and part.shape == y.shape
+    )
 
 
 @functools.cache
@@ -55,7 +60,7 @@ def _functions() -> dict[tuple[object, torch.dtype], Any]:
         library = ctypes.CDLL(str(compiled.build("pointwise", [_SOURCE], _FLAGS, included=[_INCLUDED])))
     except compiled.FAILURES:
         return {}
-    found = {}
+    found: dict[tuple[object, torch.dtype], Any] = {}
     for operator, name in _NAMES.items():
         for dtype, kind in _KINDS.items():
             function = getattr(library, f"{name}_{kind}")

@@ -13,7 +13,6 @@ on: a step of 8 layers spends 4 to 5 ms in Python, its tape 0.5 ms (Zen 4).
 import ctypes
 import enum
 import functools
-import itertools
 import threading
 import weakref
 from collections import defaultdict
@@ -31,6 +30,10 @@ from adapters_store import compiled, memory, pointwise
 
 _LINE = 64  # bytes; everything begins at a line of the cache
 _TAKING = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")}
+_VARYING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
+
+
+_KernelCall = tuple[Any, ctypes.Structure]  # a C function and the struct that it takes
 
 
 class _Effect(enum.Enum):
@@ -40,6 +43,7 @@ class _Effect(enum.Enum):
     LOOKS = enum.auto()  # at what it is given, from another side; some copy it if they must
     TAKES = enum.auto()  # memory, whose numbers mean nothing yet
     MAKES = enum.auto()  # something new
+    VARIES = enum.auto()  # in what it gives: by the numbers, or by chance; dropout, if it is off, is not there
 
 
 @functools.cache
@@ -49,6 +53,8 @@ def _effect_of(operator: OpOverload) -> _Effect:
         return _Effect.WRITES
     if any(given.alias_info for given in schema.returns):
         return _Effect.LOOKS
+    if not _VARYING.isdisjoint(operator.tags):
+        return _Effect.VARIES
     return _Effect.TAKES if schema.name in _TAKING else _Effect.MAKES
 
 
@@ -106,7 +112,7 @@ class _Call(ctypes.Structure):
 class _Kernels:
     """Calls of kernels one behind the other, as one call (tape.c)."""
 
-    def __init__(self, calls: Sequence[tuple[Any, ctypes.Structure]]) -> None:
+    def __init__(self, calls: Sequence[_KernelCall]) -> None:
         self._kept = calls
         addresses = [
             (ctypes.cast(kernel, ctypes.c_void_p).value, ctypes.addressof(arguments)) for kernel, arguments in calls
@@ -131,12 +137,18 @@ def _load() -> Any:
 class Tape:
     """What was recorded. Valid while all tensors live on that the forward did not make itself."""
 
-    def __init__(self, calls: Sequence[Callable[[], Any] | tuple[Any, ctypes.Structure]], result: Tensor) -> None:
+    def __init__(self, calls: Sequence[Callable[[], Any] | _KernelCall], result: Tensor) -> None:
         """calls: operators to call, and kernels with their arguments. result: what the forward gave, in the arena."""
         self.num_calls = len(calls)
         self._runs: list[Callable[[], Any]] = []
-        for is_kernel, run in itertools.groupby(calls, lambda call: isinstance(call, tuple)):
-            self._runs += [_Kernels(list(run))] if is_kernel else list(run)
+        kernels: list[_KernelCall] = []
+        for call in calls:
+            if isinstance(call, tuple):
+                kernels.append(call)
+                continue
+            self._runs += [_Kernels(kernels), call] if kernels else [call]
+            kernels = []
+        self._runs += [_Kernels(kernels)] if kernels else []
         self.result = result
 
     def play(self) -> Tensor:
@@ -178,6 +190,8 @@ def record(forward: Callable[[], Tensor], arena: Arena) -> Tape | str:
     try:
         with recorder:
             result = forward()
+    except Exception as error:  # noqa: BLE001  # it may not bear numbers that mean nothing
+        return f"{type(error).__name__}: {error}"
     finally:
         _recording.now = None
     if recorder.failure is None and not arena.holds(result):
@@ -185,12 +199,12 @@ def record(forward: Callable[[], Tensor], arena: Arena) -> Tape | str:
     return recorder.failure or Tape(recorder.calls, arena.standing(result))
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own lack types
     """Runs each operator, moves what it made into the arena, and notes how to make it there again."""
 
     def __init__(self, arena: Arena) -> None:
-        super().__init__()
-        self.calls: list[Callable[[], Any] | tuple[Any, ctypes.Structure]] = []
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[Callable[[], Any] | _KernelCall] = []
         self.failure: str | None = None
         self._arena, self._room = arena, _Room(arena)
 
@@ -199,13 +213,13 @@ class _Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result, does = operator(*args, **kwargs), _effect_of(operator)
-        if self.failure is not None or (does is _Effect.LOOKS and _is_part_of(result, args[0])):
+        if self.failure is not None or (does in (_Effect.LOOKS, _Effect.VARIES) and _is_part_of(result, args)):
             return result
         if does is _Effect.WRITES:
             self._note(operator, args, kwargs)
             return result
-        if not isinstance(result, Tensor):
-            self.failure = f"{operator} gives something else than a tensor"
+        if does is _Effect.VARIES or not isinstance(result, Tensor):
+            self.failure = f"{operator} does not give a tensor of the same shape each time"
             return result
         return self._moved(operator, args, kwargs, result, is_filled=does is not _Effect.TAKES)
 
@@ -228,7 +242,7 @@ class _Recorder(TorchDispatchMode):
     def _note_into(
         self, operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor, moved: Tensor
     ) -> None:
-        """Fill `moved`: by a kernel, or by the operator's form that writes where it is told if that gives the same bits."""
+        """Note how `moved` is filled: by a kernel, by the operator writing there if its bits are the same, or by a copy."""
         kernel = pointwise.call_of(operator, args, kwargs, moved)
         if kernel is not None:
             return self.calls.append(kernel)
@@ -247,7 +261,8 @@ def _copied(operator: Callable[..., Tensor], into: Tensor, *args: Any, **kwargs:
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """True also for numbers that are none."""
-    return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    a, b = (part.contiguous().flatten().view(torch.uint8) for part in (a, b))
+    return torch.equal(a, b)
 
 
 @functools.cache
@@ -276,8 +291,10 @@ def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     return value
 
 
-def _is_part_of(result: Any, given: Tensor) -> bool:
-    """True if what an operator gave is a view, or views, of what it was given."""
-    parts = [result] if isinstance(result, Tensor) else result
-    storage = given.untyped_storage().data_ptr()
+def _is_part_of(result: Any, args: tuple[Any, ...]) -> bool:
+    """True if what an operator gave is a view, or views, of its first argument."""
+    parts = result if isinstance(result, list | tuple) else [result]
+    if not all(isinstance(part, Tensor) for part in (*args[:1], *parts)):
+        return False
+    storage = args[0].untyped_storage().data_ptr()
     return all(part.untyped_storage().data_ptr() == storage for part in parts)

@@ -27,7 +27,7 @@ from server.generation.pages import PAGE, PagePool, pages_for
 from server.generation.plan import Chunk, Plan
 from server.generation.sampling import Draw, Sampling
 from server.generation.sequence import TokenSequence
-from server.generation.taped import TapedDecode, plays_right
+from server.generation.taped import RowBuffers, TapedDecode, plays_right
 
 _PROBE_LENGTHS = (21, 5, 37)  # over, within and at the border of pages
 _FAILURES = (ValueError, RuntimeError, IndexError, TypeError, KeyError, AttributeError, NotImplementedError)
@@ -112,7 +112,7 @@ class Decoder:
             hidden = hidden.index_select(0, torch.tensor(plan.choosing, device=hidden.device))
         return self.language.logits(hidden)
 
-    def _over_buffers(self, buffers: StepBuffers, batch: MixedBatch) -> Tensor:
+    def _over_buffers(self, buffers: StepBuffers | RowBuffers, batch: MixedBatch) -> Tensor:
         """(rows, vocab_size) float32 behind each row; launches only, nothing waits for the device."""
         ids, positions = buffers.ids[None], buffers.positions[None] + self.encoder.first_position
         made = ids.new_ones(1, 1, 1, 1)  # a mask of this shape is taken as it is; else the model looks at the positions

@@ -47,10 +47,7 @@ class _Appended(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("new", "places", "pages")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("head_stride", "token_stride", "tokens", "num_pages", "heads", "bytes")
-        ),
+        *((name, ctypes.c_int64) for name in ("head_stride", "token_stride", "tokens", "num_pages", "heads", "bytes")),
     ]
 
 

@@ -1,8 +1,8 @@
 """Decode steps on the CPU from tapes: what a model computes for some number of rows, recorded once and played again.
 
-The model library's code, and ours around each layer, is the same in every decoding step; a tape (adapters_store/tape.py)
-is what of it computes. A step's tokens, pages and mixes are written where the tape reads them. Steps with adapters
-other than low-rank ones run the usual way, and so do steps of a model that the check does not find right.
+The model library's code, and ours around each layer, is the same in every decoding step; a tape is what of it computes
+(adapters_store/tape.py). A step's tokens, pages and mixes are written where the tape reads them. Steps with adapters
+other than low-rank ones run the usual way, and so do all steps of a model that `plays_right` finds otherwise.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,12 +16,14 @@ from adapters_store.mixing import MixedBatch
 from adapters_store.primitives import Bank, cost, native
 from adapters_store.sites import Sites
 from adapters_store.tape import Arena, Tape, record
-from server.generation.graphs import Forward
 from server.generation.layout import Layout
 from server.generation.plan import Plan
 
 ARENA_BYTES = 1 << 28  # for what a step makes: 64 rows of a model with 8 billion weights take about half
 MOST = 128  # tapes that are kept
+
+
+Forward = Callable[["RowBuffers", MixedBatch], Tensor]  # gives (rows, vocab_size) logits
 
 
 class Shape(NamedTuple):
@@ -75,13 +77,14 @@ class TapedDecode:
         """
         layout = self._current_layout()
         shape = Shape(plan.num_singles, bool(batch.mixes), torch.get_num_threads())
-        if not plan.chunks or shape in self._without or not layout.serves(batch):
+        if not plan.chunks or shape in self._without or not layout.serves(batch) or cost.is_forced():
             return None
         known = self._tapes.pop(shape, None) or self._recorded(shape, layout)
         if isinstance(known, str):
             self._without[shape] = known
             return None
-        self._tapes[shape] = buffers, tape = known
+        self._tapes[shape] = known
+        buffers, tape = known
         if len(self._tapes) > MOST:
             del self._tapes[next(iter(self._tapes))]
         buffers.load(plan, batch)
