@@ -26,7 +26,8 @@
 #define OUTPUTS 32   /* of a strip; STRIP in linear.py */
 #define MOST 14      /* rows of a tile at most: 28 sums, 2 lines of weights and a row's number are 31 of 32 registers */
 #define ROWS 12      /* rows of a tile where there are several */
-#define BLOCK 96     /* rows that meet a strip one tile after another; they stay in the second-level cache */
+#define BLOCK 96     /* rows that meet a strip one tile after another, at most */
+#define KEPT 393216  /* bytes of such rows; they stay in the second-level cache, beside the strip */
 #define AHEAD 8192   /* bytes until weights that are asked for now are used */
 #define BUSY 7       /* rows from which on weights are asked for: fewer wait for memory, which the processor foresees */
 #define ALIASED 4096 /* bytes: what lies so far apart wants the same lines of the first-level cache */
@@ -50,7 +51,7 @@ typedef struct {
     const char *weight, *bias;
     int64_t words, d_out;
     const char *x;
-    int64_t x_row, rows;
+    int64_t x_row, rows, block; /* rows in all, and of a block */
     char *y;
 } call;
 
@@ -129,9 +130,15 @@ INLINE void multiply_rows(const int half, int64_t n, const call *c, int64_t row,
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/* Rows of a block, of so many bytes each: whole tiles. */
+INLINE int64_t block_of(int64_t bytes) {
+    const int64_t rows = KEPT / bytes / ROWS * ROWS;
+    return rows < 2 * ROWS ? 2 * ROWS : least(rows, BLOCK);
+}
+
 /* The rows of a block meet a strip, in tiles of about the same size. */
 INLINE void multiply_block(const int half, const call *c, int64_t block, int64_t strip) {
-    const int64_t first = block * BLOCK, rows = least(c->rows - first, BLOCK);
+    const int64_t first = block * c->block, rows = least(c->rows - first, c->block);
     const int64_t tiles = rows <= MOST ? 1 : (rows + ROWS - 1) / ROWS;
     for (int64_t i = 0; i < tiles; i++) {
         int64_t row = i * rows / tiles, n = (i + 1) * rows / tiles - row;
@@ -166,14 +173,14 @@ static const char *spread(const char *x, int64_t bytes, int64_t rows, int64_t *r
 /* 0, or 1 if memory ran out. */
 #define LINEAR(NAME, HALF)                                                                                           \
     int64_t NAME(const arguments *a) {                                                                               \
-        const int64_t threads = a->num_threads, most = BLOCK * threads, size = SIZE(HALF);                           \
-        const int64_t strips = (a->d_out + OUTPUTS - 1) / OUTPUTS, bytes = a->d_in * size;                           \
+        const int64_t threads = a->num_threads, size = SIZE(HALF), bytes = a->d_in * size;                           \
+        const int64_t strips = (a->d_out + OUTPUTS - 1) / OUTPUTS, block = block_of(bytes), most = block * threads;  \
         for (int64_t first = 0; first < a->rows; first += most) {                                                    \
-            int64_t n = least(a->rows - first, most), row = a->x_row * size, blocks = (n + BLOCK - 1) / BLOCK;       \
+            int64_t n = least(a->rows - first, most), row = a->x_row * size, blocks = (n + block - 1) / block;       \
             const char *x = spread(a->x + first * row, bytes, n, &row, threads);                                     \
             if (!x) return 1;                                                                                        \
             char *y = a->y + first * a->d_out * size;                                                                \
-            const call c = {a->weight, a->bias, (bytes + 3) / 4, a->d_out, x, row, n, y};                            \
+            const call c = {a->weight, a->bias, (bytes + 3) / 4, a->d_out, x, row, n, block, y};                     \
             _Pragma("omp parallel for schedule(static) num_threads(threads) if(threads > 1)")                        \
             for (int64_t i = 0; i < blocks * strips; i++) multiply_block(HALF, &c, i / strips, i % strips);          \
         }                                                                                                            \

@@ -242,7 +242,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's 
     def _note_into(
         self, operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor, moved: Tensor
     ) -> None:
-        """Note how `moved` is filled: by a kernel, by the operator writing there if its bits are the same, or by a copy."""
+        """Note how `moved` is filled: by a kernel, by the operator if it writes the same bits there, or by a copy."""
         kernel = pointwise.call_of(operator, args, kwargs, moved)
         if kernel is not None:
             return self.calls.append(kernel)
