@@ -169,7 +169,10 @@ class Standing:
         self.address = ctypes.addressof(self._plan)
 
     def load(self, batch: MixedBatch) -> None:
-        """Make this batch the content."""
+        """Make this batch the content; without mixes, nothing for the kernel to do."""
+        if not batch.mixes:
+            self._plan.num_panels, self._prepared = 0, None
+            return
         prepared = _Prepared.of(batch)
         if prepared is not self._prepared:
             ctypes.memmove(self.address, prepared.address, ctypes.sizeof(_Plan))

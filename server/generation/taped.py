@@ -30,7 +30,6 @@ class Shape(NamedTuple):
     """What a tape is made for."""
 
     rows: int
-    has_mixes: bool
     threads: int
 
 
@@ -53,8 +52,7 @@ class RowBuffers:
         for name in ("ids", "positions", "places", "lengths"):
             getattr(self, name).copy_(getattr(plan, name))
         self.tables[:, : plan.tables.shape[1]].copy_(plan.tables)
-        if batch.mixes:
-            self.mixes.load(batch)
+        self.mixes.load(batch)
 
 
 class TapedDecode:
@@ -76,7 +74,7 @@ class TapedDecode:
         What is returned is overwritten by the next step.
         """
         layout = self._current_layout()
-        shape = Shape(plan.num_singles, bool(batch.mixes), torch.get_num_threads())
+        shape = Shape(plan.num_singles, torch.get_num_threads())
         if not plan.chunks or shape in self._without or not layout.serves(batch) or cost.is_forced():
             return None
         known = self._tapes.pop(shape, None) or self._recorded(shape, layout)
@@ -107,9 +105,7 @@ class TapedDecode:
 
     def _recorded(self, shape: Shape, layout: Layout) -> tuple[RowBuffers, Tape] | str:
         """A tape and the buffers that it reads, or why there is none."""
-        buffers, sites = RowBuffers(shape.rows, self._most_pages), self._sites
-        bare = MixedBatch.of([(shape.rows, None)], sites.num_layers)
-        standing = layout.standing(shape.rows, sites) if shape.has_mixes else bare
+        buffers, standing = RowBuffers(shape.rows, self._most_pages), layout.standing(shape.rows, self._sites)
         standing.memo.update({native.PREPARED: buffers.mixes, cost.FORM: "native"})
         tape = record(lambda: self._forward(buffers, standing), self._arena)
         return tape if isinstance(tape, str) else (buffers, tape)
