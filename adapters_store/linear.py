@@ -102,6 +102,7 @@ def _linear(function: Callable[..., int], x: Tensor, strips: Strips, bias: Tenso
 
 
 @functools.cache
+@tape.apart
 def _load() -> tuple[_Functions, Status]:
     """The kernel of each dtype that this processor has one for, and the status; built at the first call."""
     try:

@@ -17,6 +17,7 @@ from adapters_store import compiled
 _SOURCE, _INCLUDED = (Path(__file__).with_name(name) for name in ("pointwise.c", "wide.h"))
 _FLAGS = (*compiled.FLAGS, "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")  # pointwise.c says why
 _NAMES = {torch.ops.aten.add.Tensor: "add", torch.ops.aten.mul.Tensor: "mul", torch.ops.aten.silu.default: "silu"}
+_VECTOR = 64  # numbers that torch computes at once, at most
 _KINDS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -32,10 +33,10 @@ class Call(ctypes.Structure):
 def call_of(operator: object, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> tuple[Any, Call] | None:
     """The function and its arguments that fill y as an operator of torch would; None where there is none.
 
-    Tensors must have y's shape, dtype and order, without gaps.
+    Tensors must have y's shape, dtype and order, without gaps, and whole vectors: torch's last few have other bits.
     """
     function = _functions().get((operator, y.dtype))
-    is_dense = y.is_contiguous() and all(_is_like(part, y) for part in args)
+    is_dense = y.is_contiguous() and y.numel() % _VECTOR == 0 and all(_is_like(part, y) for part in args)
     if function is None or kwargs or not is_dense:
         return None
     a, b = args if len(args) == 2 else (args[0], None)

@@ -109,6 +109,7 @@ def _agrees(found: Tensor, expected: Any) -> bool:
 
 
 @functools.cache
+@tape.apart
 def _load() -> tuple[dict[torch.dtype, Callable[..., None]], Status]:
     """The kernel of each dtype, and the status; built at the first call."""
     try:

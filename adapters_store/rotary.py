@@ -67,6 +67,7 @@ def _rotation_of(cls: type[nn.Module]) -> Rotation | None:
 
 
 @functools.cache
+@tape.apart
 def serves(own: Rotation) -> bool:
     """True if the kernel gives what a library's function gives, bit for bit; tried on a few tokens."""
     if not status().active:
@@ -137,6 +138,7 @@ def _rotated(function: Callable[..., None], x: Tensor, cos: Tensor, sin: Tensor,
 
 
 @functools.cache
+@tape.apart
 def _load() -> tuple[dict[torch.dtype, Callable[..., None]], Status]:
     """The kernel of each dtype, and the status; built at the first call."""
     try:

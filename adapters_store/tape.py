@@ -14,25 +14,24 @@ import ctypes
 import enum
 import functools
 import threading
-import weakref
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as disabled_modes  # no public way
 
-from adapters_store import compiled, memory, pointwise
+from adapters_store import compiled, pointwise
+from adapters_store.arena import Arena, Room
 
-_LINE = 64  # bytes; everything begins at a line of the cache
 _TAKING = {f"aten::{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")}
 _VARYING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
 
-
+P = ParamSpec("P")
+T = TypeVar("T")
 _KernelCall = tuple[Any, ctypes.Structure]  # a C function and the struct that it takes
 
 
@@ -58,51 +57,6 @@ def _effect_of(operator: OpOverload) -> _Effect:
     return _Effect.TAKES if schema.name in _TAKING else _Effect.MAKES
 
 
-class Arena:
-    """Memory for what tapes compute. Tapes share it, so only one of them is of use at a time."""
-
-    def __init__(self, nbytes: int) -> None:
-        with memory.side_by_side(nbytes):
-            self.bytes = memory.zeros(nbytes, dtype=torch.uint8)  # costs nothing until it is used
-        self.start = self.bytes.data_ptr()
-        self._typed: dict[torch.dtype, Tensor] = {}
-
-    def holds(self, tensor: Tensor) -> bool:
-        """True if the tensor lies here."""
-        return self.start <= tensor.data_ptr() < self.start + len(self.bytes)
-
-    def standing(self, tensor: Tensor) -> Tensor:
-        """The same numbers in the same place, as a tensor that does not keep the place from being used again."""
-        if not self.holds(tensor):
-            return tensor
-        if tensor.dtype not in self._typed:
-            self._typed[tensor.dtype] = self.bytes.view(tensor.dtype)
-        start = (tensor.data_ptr() - self.start) // tensor.element_size()
-        return self._typed[tensor.dtype].as_strided(tensor.shape, tensor.stride(), start)
-
-
-class _Room:
-    """Who lies where in an arena during one recording: what dies gives its place to the next of its size."""
-
-    def __init__(self, arena: Arena) -> None:
-        self.arena = arena
-        self._numpy = arena.bytes.numpy()
-        self._free: dict[int, list[int]] = defaultdict(list)
-        self._end = 0
-
-    def like(self, tensor: Tensor) -> Tensor | None:
-        """A tensor of the same shape, dtype and order of dimensions; None if there is no room."""
-        extent = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        nbytes = -(-extent * tensor.element_size() // _LINE) * _LINE
-        start = self._free[nbytes].pop() if self._free[nbytes] else self._end
-        if start + nbytes > len(self._numpy):
-            return None
-        self._end = max(self._end, start + nbytes)
-        place: np.ndarray = self._numpy[start : start + nbytes]
-        weakref.finalize(place, self._free[nbytes].append, start).atexit = False  # when no view of it is left
-        return torch.from_numpy(place).view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
-
-
 class _Call(ctypes.Structure):
     """The C struct `call`."""
 
@@ -123,7 +77,8 @@ class _Kernels:
     def __call__(self) -> None:
         failed = self._play(self._calls, len(self._calls))
         if failed:
-            raise MemoryError(f"{self._kept[failed - 1][0].__name__} found no memory for its work")
+            name = getattr(self._kept[failed - 1][0], "__name__", "a kernel")
+            raise MemoryError(f"{name} found no memory for its work")
 
 
 @functools.cache
@@ -137,9 +92,13 @@ def _load() -> Any:
 class Tape:
     """What was recorded. Valid while all tensors live on that the forward did not make itself."""
 
-    def __init__(self, calls: Sequence[Callable[[], Any] | _KernelCall], result: Tensor) -> None:
-        """calls: operators to call, and kernels with their arguments. result: what the forward gave, in the arena."""
+    def __init__(self, calls: Sequence[Callable[[], Any] | _KernelCall], kept: Sequence[Any], result: Tensor) -> None:
+        """calls: operators to call, and kernels with their arguments, which may point to what is kept.
+
+        result: what the forward gave, in the arena.
+        """
         self.num_calls = len(calls)
+        self._kept = kept
         self._runs: list[Callable[[], Any]] = []
         kernels: list[_KernelCall] = []
         for call in calls:
@@ -181,6 +140,23 @@ def call(kernel: Any, arguments: ctypes.Structure) -> int:
     return failed
 
 
+def apart(check: Callable[P, T]) -> Callable[P, T]:
+    """Let a function run for itself while this thread records: what checks a kernel at its first use, say."""
+
+    @functools.wraps(check)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        if _recording.now is None:
+            return check(*args, **kwargs)
+        before, _recording.now = _recording.now, None
+        try:
+            with disabled_modes():
+                return check(*args, **kwargs)
+        finally:
+            _recording.now = before
+
+    return run
+
+
 def record(forward: Callable[[], Tensor], arena: Arena) -> Tape | str:
     """The tape of a forward, or why there is none. What the forward computes meanwhile means nothing.
 
@@ -196,7 +172,7 @@ def record(forward: Callable[[], Tensor], arena: Arena) -> Tape | str:
         _recording.now = None
     if recorder.failure is None and not arena.holds(result):
         return "what it gives is not of its making"
-    return recorder.failure or Tape(recorder.calls, arena.standing(result))
+    return recorder.failure or Tape(recorder.calls, recorder.kept, arena.standing(result))
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own lack types
@@ -205,15 +181,19 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's 
     def __init__(self, arena: Arena) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Callable[[], Any] | _KernelCall] = []
+        self.kept: list[Any] = []  # views of what lies outside the arena: kernels know them by address only
         self.failure: str | None = None
-        self._arena, self._room = arena, _Room(arena)
+        self._arena, self._room = arena, Room(arena)
 
     def __torch_dispatch__(
         self, operator: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         result, does = operator(*args, **kwargs), _effect_of(operator)
-        if self.failure is not None or (does in (_Effect.LOOKS, _Effect.VARIES) and _is_part_of(result, args)):
+        if self.failure is not None:
+            return result
+        if does in (_Effect.LOOKS, _Effect.VARIES) and _is_part_of(result, args):
+            self.kept += [] if self._arena.holds(args[0]) else [result]
             return result
         if does is _Effect.WRITES:
             self._note(operator, args, kwargs)

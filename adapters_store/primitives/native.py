@@ -204,6 +204,7 @@ def _functions() -> dict[torch.dtype, Any]:
 
 
 @functools.cache
+@tape.apart
 def _load() -> tuple[Any, Status]:
     """The library and its status; built at the first call."""
     try:

@@ -182,6 +182,7 @@ def _located(part: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) ->
 
 
 @functools.cache
+@tape.apart
 def _load() -> tuple[_Kernel | None, Status]:
     """The kernel and its status; built at the first call."""
     try:

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adapters_store.arena import Arena
 from adapters_store.mixing import MixedBatch
 from adapters_store.primitives import Bank, cost, native
 from adapters_store.sites import Sites
-from adapters_store.tape import Arena, Tape, record
+from adapters_store.tape import Tape, record
 from server.generation.layout import Layout
 from server.generation.plan import Plan
 
