@@ -23,10 +23,11 @@ TableOf = Callable[[Bank], Any]
 class Layout:
     """What recorded calls of adapters depend on besides their buffers.
 
-    tables: the sites that have low-rank adapters, and the layout of their tables. slots: some of each of them, any will
-    do. others: slots that have more than such adapters.
+    sites: all of them. tables: those that have low-rank adapters, and the layout of their tables. slots: some of each
+    of these, any will do. others: slots that have more than such adapters.
     """
 
+    sites: tuple[str, ...]
     tables: tuple[tuple[str, object], ...]
     slots: tuple[int, ...] = field(compare=False)
     others: frozenset[int] = field(compare=False)
@@ -42,7 +43,7 @@ class Layout:
             if table is not None and own is not None:
                 slots.add(own)
                 tables.append((name, table.layout))
-        return Layout(tuple(tables), tuple(sorted(slots)), others)
+        return Layout(tuple(sites), tuple(tables), tuple(sorted(slots)), others)
 
     def serves(self, batch: MixedBatch) -> bool:
         """True if low-rank kernels are all that the batch needs."""

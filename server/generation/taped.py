@@ -101,6 +101,7 @@ class TapedDecode:
             found = Layout.of(self._sites, _table)
             if found != self._layout:
                 self._tapes.clear()
+                self._without.clear()
             self._layout, self._layout_version = found, self._sites.version
         return self._layout
 
