@@ -23,7 +23,7 @@
 #define PANEL 256     /* tokens of a panel at most; PANEL in panels.py */
 #define AT_ONCE 4     /* tokens that share one reading of B from the first-level cache */
 #define SHARING 8     /* tokens that share one reading of A, which fills that cache */
-#define CHUNK 128     /* columns of y worked on at a time: 16 rows of B as long stay in the first-level cache */
+#define CHUNK 64      /* columns of y worked on at a time: 64 rows of B as long stay in the first-level cache */
 #define STRIP 512     /* columns of y kept in float32 while they are summed, where y cannot hold sums: at least, */
 #define SUMS 65536    /* or as many as make so many floats: long runs of B, and all in the second-level cache */
 #define ROWS 4        /* rows of B read side by side where few tokens use them: as many runs of memory */
@@ -46,13 +46,21 @@ typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
 
 /* sum + a * b */
 #ifdef __AVX512F__
-#define FUSED(a, b, sum) ((floats)_mm512_fmadd_ps((__m512)(a), _mm512_set1_ps(b), (__m512)(sum)))
+#define FUSED(a, b, sum) ((floats)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(sum)))
+#define ALL(number) ((floats)_mm512_set1_ps(number))
+#define HOLD(x) __asm__("" : "+v"(x)) /* in a register: the compiler would else read it anew for each of its products */
 #elif defined(__FMA__)
-#define FUSED(a, b, sum) ((floats)_mm256_fmadd_ps((__m256)(a), _mm256_set1_ps(b), (__m256)(sum)))
+#define FUSED(a, b, sum) ((floats)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(sum)))
+#define ALL(number) ((floats)_mm256_set1_ps(number))
 #else
 #define FUSED(a, b, sum) ((sum) + (a) * (b))
+#define ALL(number) ((number) - (floats){0})
 #endif
-#define FUSED8(a, b, sum) ((floats8)_mm256_fmadd_ps((__m256)(a), _mm256_set1_ps(b), (__m256)(sum)))
+#ifndef HOLD
+#define HOLD(x)
+#endif
+#define FUSED8(a, b, sum) ((floats8)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(sum)))
+#define ALL8(number) ((floats8)_mm256_set1_ps(number))
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8") /* loops over sums: unrolled so early that the sums live in registers */
@@ -178,7 +186,7 @@ INLINE int64_t turn_of(int64_t d_in, int64_t row_bytes, const char *next) {
 
 /* `tokens` is a compile-time constant here and below. Two sums, each of every other column, because one chain of
  * additions would wait for itself where a single token is served. */
-#define SHRINK(NAME, VECTOR, FUSED)                                                                                  \
+#define SHRINK(NAME, VECTOR, FUSED, ALL)                                                                             \
     INLINE void NAME(int tokens, const void *const *x, int64_t d_in, const float *a, int64_t lanes,                  \
                      const float *weights, float *hidden, const char *next) {                                        \
         const float *rows[SHARING];                                                                                  \
@@ -191,19 +199,19 @@ INLINE int64_t turn_of(int64_t d_in, int64_t row_bytes, const char *next) {
             UNROLL for (int s = 0; s < 2; s++) {                                                                     \
                 VECTOR row = *(const VECTOR *)(a + (i + s) * lanes);                                                 \
                 __builtin_prefetch((const char *)(a + (i + s) * lanes) + ahead, 0, 2);                               \
-                UNROLL for (int t = 0; t < tokens; t++) sum[s][t] = FUSED(row, rows[t][i + s], sum[s][t]);           \
+                UNROLL for (int t = 0; t < tokens; t++) sum[s][t] = FUSED(row, ALL(rows[t][i + s]), sum[s][t]);      \
             }                                                                                                        \
         }                                                                                                            \
         UNROLL for (int t = 0; t < tokens; t++) all[t] = sum[0][t] + sum[1][t];                                      \
         for (; i < d_in; i++) {                                                                                      \
             VECTOR row = *(const VECTOR *)(a + i * lanes);                                                           \
-            UNROLL for (int t = 0; t < tokens; t++) all[t] = FUSED(row, rows[t][i], all[t]);                         \
+            UNROLL for (int t = 0; t < tokens; t++) all[t] = FUSED(row, ALL(rows[t][i]), all[t]);                    \
         }                                                                                                            \
         UNROLL for (int t = 0; t < tokens; t++) *(VECTOR *)(hidden + t * lanes) = all[t] * weights[t];               \
     }
-SHRINK(shrink_lanes, floats, FUSED)
+SHRINK(shrink_lanes, floats, FUSED, ALL)
 #if LANES > 8
-SHRINK(shrink8, floats8, FUSED8)
+SHRINK(shrink8, floats8, FUSED8, ALL8)
 #else
 #define shrink8 shrink_lanes
 #endif
@@ -245,13 +253,20 @@ INLINE void expand_vectors(int half, int tokens, int vectors, int64_t n, char *c
     for (const part *p = add->parts; p < add->parts + add->num_parts; p++) {
         int64_t end = least(p->adapter->rank, add->first + add->rows), lanes = p->adapter->lanes;
         const float *b = (const float *)p->adapter->b + add->shift + c, *hidden = p->hidden + add->at * lanes;
-        for (int64_t j = add->first; j < end; j++)
+        for (int64_t j = add->first; j < end; j++) {
+            floats row[8];
             UNROLL for (int v = 0; v < vectors; v++) {
                 const float *from = b + j * add->d_out + v * LANES;
-                floats row = load(from, n);
+                row[v] = load(from, n);
+                HOLD(row[v]);
                 __builtin_prefetch((const char *)from + add->ahead, 0, 2);
-                UNROLL for (int t = 0; t < tokens; t++) sum[t][v] = FUSED(row, hidden[t * lanes + j], sum[t][v]);
             }
+            UNROLL for (int t = 0; t < tokens; t++) {
+                floats same = ALL(hidden[t * lanes + j]);
+                HOLD(same);
+                UNROLL for (int v = 0; v < vectors; v++) sum[t][v] = FUSED(row[v], same, sum[t][v]);
+            }
+        }
     }
     UNROLL for (int t = 0; t < tokens; t++)
         UNROLL for (int v = 0; v < vectors; v++) {
