@@ -72,6 +72,7 @@ bench-http: setup ## the server end to end over HTTP, next to its engine alone
 bench-generate: setup ## generation next to transformers' two ways and PEFT; writes tests/bench/results/generate.jsonl
 	$(BIN)/python -W ignore -m tests.bench.linear
 	$(BIN)/python -W ignore -m tests.bench.attention
+	$(BIN)/python -W ignore -m tests.bench.tapes
 	$(BIN)/python -W ignore -m tests.bench.generate
 	$(BIN)/python -W ignore -m tests.bench.generate_gpu
 

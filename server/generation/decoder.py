@@ -84,6 +84,14 @@ class Decoder:
         return native_attention.status().detail
 
     @property
+    def decoding_path(self) -> str:
+        """How steps of single tokens run, for people."""
+        if self.graphs is None:
+            return "through the model's own code"
+        name = "CUDA graphs" if isinstance(self.graphs, GraphedDecode) else "tapes of what the model computes"
+        return name if self.graphs.failure is None else f"{name}, not everywhere: {self.graphs.failure}"
+
+    @property
     def is_narrowed(self) -> bool:
         """True if the last block runs for the tokens that choose only (narrowing.py)."""
         return self._last_block is not None

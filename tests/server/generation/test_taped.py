@@ -41,7 +41,7 @@ def test_families_decode_from_tapes_as_without_them(family: str) -> None:
 
     assert through(batcher, [None] * 3) == expected
     assert tapes_of(batcher).num_played == 3
-    assert tapes_of(batcher).failure is None
+    assert batcher.decoder.decoding_path == "tapes of what the model computes"
 
 
 def test_compositions_decode_together_as_each_alone_while_adapters_come_and_go() -> None:
@@ -125,9 +125,11 @@ def test_what_has_no_room_runs_the_usual_way(monkeypatch: pytest.MonkeyPatch) ->
 
     assert through(batcher, MIXES) == expected
     assert tapes_of(batcher).num_played == 0
-    assert "does not fit" in (tapes_of(batcher).failure or "")
+    assert "not everywhere: what it makes does not fit" in batcher.decoder.decoding_path
     monkeypatch.setattr(taped, "ARENA_BYTES", 1 << 11)
-    assert engine("llama").decoder.graphs is None  # found out at the start
+    decoder = engine("llama").decoder
+    assert decoder.graphs is None  # found out at the start
+    assert decoder.decoding_path == "through the model's own code"
 
 
 Break = Callable[[Callable[..., Tensor], Tensor], Tensor]
