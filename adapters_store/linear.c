@@ -15,6 +15,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include "prefetch.h"
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #include <immintrin.h>
 
@@ -43,6 +44,7 @@ typedef struct {
     const char *weight, *bias, *x;
     char *y;
     int64_t d_in, d_out, x_row, rows, num_threads;
+    const prefetch_list *others; /* what to ask for beside; or NULL */
 } arguments;
 
 /* Some rows of it. weight: (strips, words, 32 words), where a word is a float or a pair, zeros where W has none;
@@ -53,6 +55,7 @@ typedef struct {
     const char *x;
     int64_t x_row, rows, block; /* rows in all, and of a block */
     char *y;
+    const prefetch_list *others;
 } call;
 
 /* ---- `half` is a constant wherever these are used: 0 for float32, 1 for bfloat16 ---- */
@@ -92,35 +95,89 @@ INLINE void finish(const int half, const int n, const call *c, int64_t row, int6
     }
 }
 
-/* `n` rows from `row` on meet a strip. ahead: bytes from the weights in use to those asked for. */
-INLINE void multiply(const int half, const int n, const call *c, int64_t row, int64_t strip, int64_t ahead) {
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* What a strip asks for beside its own weights: its share of a list. */
+typedef struct {
+    const memory_run *run;
+    const char *line;
+    int64_t of_run, left; /* lines of the run from this one on, and of the share */
+} share;
+
+static share share_of(const prefetch_list *list, int64_t strip, int64_t strips) {
+    int64_t before = list->lines * strip / strips;
+    share s = {list->runs, NULL, 0, list->lines * (strip + 1) / strips - before};
+    if (s.left == 0) return s;
+    for (; before >= s.run->lines; s.run++) before -= s.run->lines;
+    s.line = s.run->from + 64 * before;
+    s.of_run = s.run->lines - before;
+    return s;
+}
+
+/* The next lines of a share that has some left: neighbours, for as many words of `most` as they last, so many each. */
+static const char *take(share *s, int lines, int64_t most, int64_t *words) {
+    if (s->of_run <= 0) {
+        s->run++;
+        s->line = s->run->from;
+        s->of_run = s->run->lines;
+    }
+    *words = least((least(s->of_run, s->left) + lines - 1) / lines, most);
+    const char *line = s->line;
+    s->line += 64 * lines * *words;
+    s->of_run -= lines * *words;
+    s->left -= lines * *words;
+    return line;
+}
+
+/* The products of `n` rows with a word of each of a strip's outputs. i: bytes from the rows' beginnings to theirs. */
+INLINE void add_products(const int half, const int n, const char *const *x, int64_t x_row, int64_t i, const char *w,
+                         __m512 sum[][2]) {
+    __m512 weight[2];
+    UNROLL for (int j = 0; j < 2; j++) {
+        weight[j] = _mm512_loadu_ps(w + 64 * j);
+        HOLD(weight[j]);
+    }
+    UNROLL for (int t = 0; t < n; t++) {
+        float number;
+        memcpy(&number, x[t / 3] + t % 3 * x_row + i, 4);
+        __m512 same = _mm512_set1_ps(number);
+        HOLD(same);
+        UNROLL for (int j = 0; j < 2; j++) sum[t][j] = add_product(half, sum[t][j], same, weight[j]);
+    }
+}
+
+INLINE void ask_for(const char *line) { __builtin_prefetch(line, 0, 2); }
+
+/* `n` rows from `row` on meet a strip. ahead: bytes from the weights in use to those asked for; asks: lines of others
+ * that are asked for beside, per word. */
+INLINE void multiply(const int half, const int n, const int asks, const call *c, int64_t row, int64_t strip,
+                     int64_t ahead, share *others) {
     const int64_t x_row = c->x_row;
     const char *w = c->weight + strip * c->words * 4 * OUTPUTS, *end = w + c->words * 4 * OUTPUTS;
     const char *x[5]; /* every third row: the two behind it are reached by one addition in the address */
     UNROLL for (int t = 0; t < n; t += 3) x[t / 3] = c->x + (row + t) * x_row;
     __m512 sum[MOST][2];
     UNROLL for (int t = 0; t < n; t++) sum[t][0] = sum[t][1] = _mm512_setzero_ps();
-    for (int64_t i = 0; w < end; w += 4 * OUTPUTS, i += 4) {
-        __m512 weight[2];
-        UNROLL for (int j = 0; j < 2; j++) {
-            if (n >= BUSY) __builtin_prefetch(w + ahead + 64 * j, 0, 2);
-            weight[j] = _mm512_loadu_ps(w + 64 * j);
-            HOLD(weight[j]);
+    int64_t i = 0, words;
+    while (asks && w < end && others->left > 0) {
+        const char *line = take(others, asks, (end - w) / (4 * OUTPUTS), &words);
+        for (const char *stop = w + words * 4 * OUTPUTS; w < stop; w += 4 * OUTPUTS, i += 4, line += 64 * asks) {
+            UNROLL for (int j = 0; j < 2; j++) ask_for(w + ahead + 64 * j);
+            UNROLL for (int j = 0; j < asks; j++) ask_for(line + 64 * j);
+            add_products(half, n, x, x_row, i, w, sum);
         }
-        UNROLL for (int t = 0; t < n; t++) {
-            float number;
-            memcpy(&number, x[t / 3] + t % 3 * x_row + i, 4);
-            __m512 same = _mm512_set1_ps(number);
-            HOLD(same);
-            UNROLL for (int j = 0; j < 2; j++) sum[t][j] = add_product(half, sum[t][j], same, weight[j]);
-        }
+    }
+    for (; w < end; w += 4 * OUTPUTS, i += 4) {
+        if (n >= BUSY) UNROLL for (int j = 0; j < 2; j++) ask_for(w + ahead + 64 * j);
+        add_products(half, n, x, x_row, i, w, sum);
     }
     finish(half, n, c, row, strip, sum);
 }
 
-INLINE void multiply_rows(const int half, int64_t n, const call *c, int64_t row, int64_t strip, int64_t ahead) {
+INLINE void multiply_rows(const int half, const int asks, int64_t n, const call *c, int64_t row, int64_t strip,
+                          int64_t ahead, share *others) {
 #define CASE(N)                                                                                                      \
-    case N: multiply(half, N, c, row, strip, ahead); break;
+    case N: multiply(half, N, N < BUSY ? 0 : asks, c, row, strip, ahead, others); break;
     switch (n) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
         CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
@@ -128,21 +185,25 @@ INLINE void multiply_rows(const int half, int64_t n, const call *c, int64_t row,
 #undef CASE
 }
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 /* Rows of a block, of so many bytes each: whole tiles. */
 INLINE int64_t block_of(int64_t bytes) {
     const int64_t rows = KEPT / bytes / ROWS * ROWS;
     return rows < 2 * ROWS ? 2 * ROWS : least(rows, BLOCK);
 }
 
-/* The rows of a block meet a strip, in tiles of about the same size. */
+/* The rows of a block meet a strip, in tiles of about the same size. Tiles behind the first find its weights in the
+ * second-level cache, so there is time to ask for two lines per word; a lone one reads them, and asks for one. */
 INLINE void multiply_block(const int half, const call *c, int64_t block, int64_t strip) {
     const int64_t first = block * c->block, rows = least(c->rows - first, c->block);
     const int64_t tiles = rows <= MOST ? 1 : (rows + ROWS - 1) / ROWS;
+    share others = {0};
+    if (c->others && block == 0) others = share_of(c->others, strip, (c->d_out + OUTPUTS - 1) / OUTPUTS);
     for (int64_t i = 0; i < tiles; i++) {
-        int64_t row = i * rows / tiles, n = (i + 1) * rows / tiles - row;
-        multiply_rows(half, n, c, first + row, strip, i ? 0 : AHEAD);
+        int64_t row = i * rows / tiles, n = (i + 1) * rows / tiles - row, ahead = i ? 0 : AHEAD;
+        row += first;
+        if (others.left <= 0 || (i == 0 && tiles > 1)) multiply_rows(half, 0, n, c, row, strip, ahead, NULL);
+        else if (i == 0 || others.left <= c->words) multiply_rows(half, 1, n, c, row, strip, ahead, &others);
+        else multiply_rows(half, 2, n, c, row, strip, ahead, &others);
     }
 }
 
@@ -180,7 +241,8 @@ static const char *spread(const char *x, int64_t bytes, int64_t rows, int64_t *r
             const char *x = spread(a->x + first * row, bytes, n, &row, threads);                                     \
             if (!x) return 1;                                                                                        \
             char *y = a->y + first * a->d_out * size;                                                                \
-            const call c = {a->weight, a->bias, (bytes + 3) / 4, a->d_out, x, row, n, block, y};                     \
+            const prefetch_list *others = first == 0 && (threads == 1 || n > MOST) ? a->others : NULL;               \
+            const call c = {a->weight, a->bias, (bytes + 3) / 4, a->d_out, x, row, n, block, y, others};             \
             _Pragma("omp parallel for schedule(static) num_threads(threads) if(threads > 1)")                        \
             for (int64_t i = 0; i < blocks * strips; i++) multiply_block(HALF, &c, i / strips, i % strips);          \
         }                                                                                                            \

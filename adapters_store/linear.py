@@ -20,8 +20,10 @@ from adapters_store import compiled, memory, tape
 from adapters_store.compiled import Status
 
 STRIP = 32  # outputs side by side; OUTPUTS in linear.c
+RUNS = 128  # of memory in a prefetch_list, at most; as in prefetch.h
+_IDLE = 12  # rows from which on a layer leaves memory idle while it computes (Zen 4, one thread: from 9 or so on)
 _MIN_SHARE = 1 << 20  # products that are worth a thread
-_SOURCE = Path(__file__).with_name("linear.c")
+_SOURCE, _INCLUDED = (Path(__file__).with_name(name) for name in ("linear.c", "prefetch.h"))
 _LINEAR = {torch.float32: "linear_f32", torch.bfloat16: "linear_bf16"}
 
 _Functions = dict[torch.dtype, Callable[..., int]]  # they release the GIL, and share torch's threads (same soname)
@@ -33,6 +35,7 @@ class _Call(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "x", "y")),
         *((name, ctypes.c_int64) for name in ("d_in", "d_out", "x_row", "rows", "num_threads")),
+        ("others", ctypes.c_void_p),
     ]
 
 
@@ -83,6 +86,20 @@ def linear(x: Tensor, strips: Strips, bias: Tensor | None = None) -> Tensor:
     return _linear(_load()[0][x.dtype], x, strips, bias)
 
 
+def prefetch_meanwhile(y: Tensor, listing: tape.KernelCall, address: int) -> None:
+    """While a tape is recorded, let the layer that has just made y ask for what is read next; else nothing.
+
+    listing: a call that writes what is read next, as a C prefetch_list, to the address; noted before the layer's.
+    """
+    calls = tape.noted()
+    layer = calls[-1] if calls else None
+    if isinstance(layer, tuple) and isinstance(layer[1], _Call):
+        arguments = layer[1]
+        if arguments.y == y.data_ptr() and arguments.rows >= _IDLE:
+            arguments.others = address
+            calls.insert(-1, listing)
+
+
 def _linear(function: Callable[..., int], x: Tensor, strips: Strips, bias: Tensor | None) -> Tensor:
     d_out, d_in = strips.d_out, strips.d_in
     y = x.new_empty(*x.shape[:-1], d_out)
@@ -106,7 +123,7 @@ def _linear(function: Callable[..., int], x: Tensor, strips: Strips, bias: Tenso
 def _load() -> tuple[_Functions, Status]:
     """The kernel of each dtype that this processor has one for, and the status; built at the first call."""
     try:
-        library = ctypes.CDLL(str(compiled.build("linear", [_SOURCE])))
+        library = ctypes.CDLL(str(compiled.build("linear", [_SOURCE], included=[_INCLUDED])))
     except compiled.FAILURES as error:
         return {}, Status(False, f"torch multiplies: {compiled.reason(error)}")
     functions = {dtype: getattr(library, name) for dtype, name in _LINEAR.items() if hasattr(library, name)}

@@ -32,7 +32,7 @@ _VARYING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, tor
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_KernelCall = tuple[Any, ctypes.Structure]  # a C function and the struct that it takes
+KernelCall = tuple[Any, ctypes.Structure]  # a C function and the struct that it takes
 
 
 class _Effect(enum.Enum):
@@ -66,7 +66,7 @@ class _Call(ctypes.Structure):
 class _Kernels:
     """Calls of kernels one behind the other, as one call (tape.c)."""
 
-    def __init__(self, calls: Sequence[_KernelCall]) -> None:
+    def __init__(self, calls: Sequence[KernelCall]) -> None:
         self._kept = calls
         addresses = [
             (ctypes.cast(kernel, ctypes.c_void_p).value, ctypes.addressof(arguments)) for kernel, arguments in calls
@@ -92,7 +92,7 @@ def _load() -> Any:
 class Tape:
     """What was recorded. Valid while all tensors live on that the forward did not make itself."""
 
-    def __init__(self, calls: Sequence[Callable[[], Any] | _KernelCall], kept: Sequence[Any], result: Tensor) -> None:
+    def __init__(self, calls: Sequence[Callable[[], Any] | KernelCall], kept: Sequence[Any], result: Tensor) -> None:
         """calls: operators to call, and kernels with their arguments, which may point to what is kept.
 
         result: what the forward gave, in the arena.
@@ -100,7 +100,7 @@ class Tape:
         self.num_calls = len(calls)
         self._kept = kept
         self._runs: list[Callable[[], Any]] = []
-        kernels: list[_KernelCall] = []
+        kernels: list[KernelCall] = []
         for call in calls:
             if isinstance(call, tuple):
                 kernels.append(call)
@@ -138,6 +138,11 @@ def call(kernel: Any, arguments: ctypes.Structure) -> int:
         return 0
     failed: int = kernel(ctypes.byref(arguments))
     return failed
+
+
+def noted() -> list[Callable[[], Any] | KernelCall]:
+    """What this thread has recorded so far, to be changed at will; nothing if it does not record."""
+    return [] if _recording.now is None else _recording.now.calls
 
 
 def apart(check: Callable[P, T]) -> Callable[P, T]:
@@ -180,7 +185,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's 
 
     def __init__(self, arena: Arena) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[Callable[[], Any] | _KernelCall] = []
+        self.calls: list[Callable[[], Any] | KernelCall] = []
         self.kept: list[Any] = []  # views of what lies outside the arena: kernels know them by address only
         self.failure: str | None = None
         self._arena, self._room = arena, Room(arena)

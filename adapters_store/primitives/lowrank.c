@@ -16,6 +16,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include "../prefetch.h"
 #ifdef __FMA__
 #include <immintrin.h>
 #endif
@@ -487,6 +488,35 @@ static int64_t run(const site *here, const arithmetic *by) {
     for (int64_t i = 0; i < here->batch->num_panels; i++)
         failed |= !prepare_and_run(here, by, i);
     return failed;
+}
+
+/* A site, and where to list what the call for it reads. */
+typedef struct {
+    const site *here;
+    prefetch_list *list;
+    int64_t number_bytes; /* of factors */
+} listing;
+
+static void enter(prefetch_list *list, const void *from, int64_t bytes) {
+    for (int64_t i = 0; i < list->num_runs; i++)
+        if (list->runs[i].from == from) return; /* several panels use it */
+    if (list->num_runs == RUNS) return;
+    list->runs[list->num_runs++] = (memory_run){from, (bytes + 63) / 64};
+    list->lines += (bytes + 63) / 64;
+}
+
+/* List A of each adapter in use, then B of each. */
+int64_t lowrank_list(const listing *to) {
+    const plan *batch = to->here->batch;
+    const int64_t num_groups = batch->num_panels ? batch->panels[2 * batch->num_panels + 1] : 0;
+    to->list->num_runs = to->list->lines = 0;
+    for (int is_b = 0; is_b < 2; is_b++)
+        for (int64_t g = 0; g < num_groups; g++) {
+            const entry *adapter = at_slot(to->here->adapters, batch->groups[2 * g]);
+            const int64_t numbers = is_b ? adapter->rank * to->here->d_out : to->here->d_in * adapter->lanes;
+            if (adapter->rank > 0) enter(to->list, is_b ? adapter->b : adapter->a, numbers * to->number_bytes);
+        }
+    return 0;
 }
 
 /* The entry points give 0, or 1 if memory ran out. */

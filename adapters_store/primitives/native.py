@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapters_store import compiled, memory, tape
+from adapters_store import compiled, linear, memory, tape
 from adapters_store.compiled import Status
 from adapters_store.mixing import Mix, MixedBatch
 from adapters_store.primitives.panels import Panels
@@ -24,7 +24,7 @@ from adapters_store.primitives.two_layer import Pair
 PREPARED = "native"  # key of a batch's memo: the batch as the kernel takes it
 MAX_RANK = 512  # beyond, a product is wide enough for torch's own
 _FLAGS = (*compiled.FLAGS, "-ffp-contract=off")  # lowrank.c says why
-_SOURCE, _INCLUDED = (Path(__file__).with_name(name) for name in ("lowrank.c", "lowrank_bf16.c"))
+_SOURCE, *_INCLUDED = (Path(__file__).parent / name for name in ("lowrank.c", "lowrank_bf16.c", "../prefetch.h"))
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,12 @@ class _Site(ctypes.Structure):
     ]
 
 
+class _Listing(ctypes.Structure):
+    """The C struct `listing`."""
+
+    _fields_ = [("here", ctypes.c_void_p), ("list", ctypes.c_void_p), ("number_bytes", ctypes.c_int64)]
+
+
 class _Prepared:
     """A batch as the kernel takes it. Asking numpy for an address costs more than the rest of a call, so once here."""
 
@@ -167,6 +173,8 @@ class Standing:
         self._plan = _Plan()
         self._prepared: _Prepared | Standing | None = None
         self.address = ctypes.addressof(self._plan)
+        self._read_next = np.zeros(2 + 2 * linear.RUNS, np.int64)  # the C struct `prefetch_list`, one for all sites
+        self.read_next = self._read_next.ctypes.data
 
     def load(self, batch: MixedBatch) -> None:
         """Make this batch the content; without mixes, nothing for the kernel to do."""
@@ -188,10 +196,14 @@ def add(out: Tensor, x: Tensor, table: Table, batch: MixedBatch, layer: int) -> 
 
 
 def _call(function: Any, out: Tensor, x: Tensor, table: Table, batch: MixedBatch, layer: int) -> None:
+    prepared = _Prepared.of(batch)
     site = _Site(
-        _Prepared.of(batch).address, table.address, x.data_ptr(), out.data_ptr(), x.stride(0), out.stride(0),
+        prepared.address, table.address, x.data_ptr(), out.data_ptr(), x.stride(0), out.stride(0),
         x.shape[1], out.shape[1], layer,
     )  # fmt: skip
+    if isinstance(prepared, Standing):
+        listing = _Listing(ctypes.addressof(site), prepared.read_next, 2 if is_paired(x.dtype) else 4)
+        linear.prefetch_meanwhile(out, (_load()[0].lowrank_list, listing), prepared.read_next)
     if tape.call(function, site):
         raise MemoryError("no memory for the hidden states of a batch")
 
@@ -208,7 +220,7 @@ def _functions() -> dict[torch.dtype, Any]:
 def _load() -> tuple[Any, Status]:
     """The library and its status; built at the first call."""
     try:
-        library = _open(compiled.build("lowrank", [_SOURCE], _FLAGS, included=[_INCLUDED]))
+        library = _open(compiled.build("lowrank", [_SOURCE], _FLAGS, included=_INCLUDED))
     except compiled.FAILURES as error:
         return None, Status(False, f"not built, torch forms serve: {compiled.reason(error)}")
     if not _agrees_with_torch(library):
@@ -227,6 +239,7 @@ def _open(path: Path) -> Any:
     library = ctypes.CDLL(str(path))  # releases the GIL while it runs; shares torch's OpenMP threads (same soname)
     for name in {"lowrank_add_bf16", *_entry_points(library).values()}:  # tests call also what does not serve here
         getattr(library, name).restype = ctypes.c_int64
+    library.lowrank_list.restype = ctypes.c_int64
     return library
 
 
