@@ -6,7 +6,7 @@ Run: python -m tests.bench.tapes
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,12 +29,11 @@ ROWS = (1, 4, 9, 16)
 LENGTH = 200
 
 
-def step_of(batcher: Batcher, rows: int, *, has_adapters: bool) -> Callable[[], None]:
-    """Compute the next token of so many sequences."""
+def step_of(batcher: Batcher, mixes: Sequence[Mix | None]) -> Callable[[], None]:
+    """Compute the next token of a sequence under each of these."""
     each, chunks = pages_for(LENGTH), []
-    for row in range(rows):
+    for row, mix in enumerate(mixes):
         ids = [(7 * i + 13 * row) % (VOCABULARY - 2) + 1 for i in range(LENGTH)]
-        mix = Mix.one_hot(2 * row, LAYERS) if has_adapters else None
         sequence = TokenSequence(ids, mix, Draw(Sampling(temperature=0), ids, VOCABULARY), max_tokens=1)
         sequence.pages = list(range(each * row, each * (row + 1)))
         chunks.append(Chunk(sequence, LENGTH - 1, 1))
@@ -46,17 +45,14 @@ def step_of(batcher: Batcher, rows: int, *, has_adapters: bool) -> Callable[[], 
     return run
 
 
-def ways(batcher: Batcher, tapes: TapedDecode, step: Callable[[], None]) -> dict[str, Callable[[], None]]:
-    """The step with and without tapes."""
+def through(batcher: Batcher, graphs: TapedDecode | None, step: Callable[[], None]) -> Callable[[], None]:
+    """The step from these tapes, or without any."""
 
-    def by(graphs: TapedDecode | None) -> Callable[[], None]:
-        def run() -> None:
-            batcher.decoder.graphs = graphs
-            step()
+    def run() -> None:
+        batcher.decoder.graphs = graphs
+        step()
 
-        return run
-
-    return {"python": by(None), "tape": by(tapes)}
+    return run
 
 
 def measured(hidden: int, dtype: str, rounds: int) -> list[dict[str, Any]]:
@@ -68,9 +64,11 @@ def measured(hidden: int, dtype: str, rounds: int) -> list[dict[str, Any]]:
         raise SystemExit("this machine has no tapes: they need the native kernels")
     for rows in ROWS:
         for has_adapters in (False, True):
-            step = step_of(batcher, rows, has_adapters=has_adapters)
+            mixes = [Mix.one_hot(2 * row, LAYERS) if has_adapters else None for row in range(rows)]
+            step = step_of(batcher, mixes)
+            ways = {"python": through(batcher, None, step), "tape": through(batcher, tapes, step)}
             label = f"{hidden} {dtype}, {rows} rows{', adapters' * has_adapters}"
-            found = round_robin(ways(batcher, tapes, step), rounds, label)
+            found = round_robin(ways, rounds, label)
             milliseconds = {name: round(1e3 * timing.median_s, 2) for name, timing in found.items()}
             saved = round(1 - found["tape"].median_s / found["python"].median_s, 3)
             setting = {"width": hidden, "dtype": dtype, "rows": rows, "adapters": has_adapters}
