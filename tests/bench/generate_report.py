@@ -44,7 +44,7 @@ class Setting:
         return f"8 x {self.hidden}, {self.dtype}, {self.requests} requests"
 
     def rounds(self, variant: str, most: int) -> int:
-        """Turns of a variant: fewer for the slow ones, PEFT's one with many requests, and for all in the larger model."""
+        """Turns of a variant: fewer for the slow ones, one for PEFT with many requests; fewer in the larger model."""
         of_peft = most if self.requests > 16 else 1
         fewer = {"c": 1, "d": 1, "be": most}.get(variant, of_peft if variant[0] == "e" else 0) + (self.hidden > 512)
         return max(1, most - fewer)
