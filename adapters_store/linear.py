@@ -91,13 +91,12 @@ def prefetch_meanwhile(y: Tensor, listing: tape.KernelCall, address: int) -> Non
 
     listing: a call that writes what is read next, as a C prefetch_list, to the address; noted before the layer's.
     """
-    calls = tape.noted()
-    layer = calls[-1] if calls else None
+    layer = tape.last()
     if isinstance(layer, tuple) and isinstance(layer[1], _Call):
         arguments = layer[1]
         if arguments.y == y.data_ptr() and arguments.rows >= _IDLE:
             arguments.others = address
-            calls.insert(-1, listing)
+            tape.note_before_last(listing)
 
 
 def _linear(function: Callable[..., int], x: Tensor, strips: Strips, bias: Tensor | None) -> Tensor:

@@ -140,9 +140,16 @@ def call(kernel: Any, arguments: ctypes.Structure) -> int:
     return failed
 
 
-def noted() -> list[Callable[[], Any] | KernelCall]:
-    """What this thread has recorded so far, to be changed at will; nothing if it does not record."""
-    return [] if _recording.now is None else _recording.now.calls
+def last() -> Callable[[], Any] | KernelCall | None:
+    """What this thread has noted last; None if it does not record."""
+    calls = _recording.now.calls if _recording.now else []
+    return calls[-1] if calls else None
+
+
+def note_before_last(noted: KernelCall) -> None:
+    """While recording, note a call in front of the last one."""
+    if _recording.now is not None:
+        _recording.now.calls.insert(-1, noted)
 
 
 def apart(check: Callable[P, T]) -> Callable[P, T]:
