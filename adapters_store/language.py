@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters_store import linear_layers
+from adapters_store import linear_layers, memory
 from adapters_store.encoder import Encoder, Rows
 from adapters_store.errors import UnsupportedError
+from adapters_store.likeliest import Screen, supports
 from adapters_store.mixing import Mix
 from adapters_store.packing import packed
 from adapters_store.places import in_eval
@@ -32,6 +33,7 @@ class LanguageModel:
         config = causal.config
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         self._factor = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        self._screen: Screen | None = None
         self._check(causal)
 
     @property
@@ -48,13 +50,35 @@ class LanguageModel:
         logits = logits if self._factor == 1 else logits * self._factor
         return logits if self._softcap is None else self._softcap * torch.tanh(logits / self._softcap)
 
+    def finds_likeliest(self, rows: int) -> bool:
+        """True if `likeliest` serves so many rows, and is less work than their logits."""
+        return self._screen is not None and self._screen.pays(rows)
+
+    def likeliest(self, hidden: Tensor) -> Tensor:
+        """The first token of the highest logit behind hidden states (n, hidden_size): (n,) int64.
+
+        -1 where the highest is not a finite number. For as many rows as `finds_likeliest`; raises MemoryError.
+        """
+        assert self._screen is not None, "our bug: not asked before"
+        return self._screen.likeliest(hidden)
+
     @torch.no_grad()
     def lay_out(self) -> bool:
         """Lay out the linear layers of backbone and head for the CPU's kernel; see Encoder.lay_out."""
         encoder, head = self.encoder, [self._projection] if type(self._projection) is nn.Linear else []
         layers = [*encoder.sites.linear_layers, *head]
         encoder.is_laid_out = linear_layers.lay_out(self.model, layers, lambda: self.logits(encoder.run_probe()))
+        self._screen = self._screened()
         return encoder.is_laid_out
+
+    def _screened(self) -> Screen | None:
+        """What finds the likeliest token of a head that is laid out, where logits are its plain products."""
+        strips = linear_layers.strips_of(self._projection)
+        is_plain = getattr(self._projection, "bias", None) is None and self._factor == 1 and self._softcap is None
+        if strips is None or not is_plain or not supports(strips.words.dtype, self.encoder.device):
+            return None
+        with memory.side_by_side(strips.words.numel()):
+            return Screen.of(strips)
 
     def logprobs(
         self, rows: Rows, mixes: Sequence[Mix | None], starts: Sequence[int], *, reference: bool = False,

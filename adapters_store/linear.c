@@ -12,19 +12,12 @@
  * Sums are float32, rounded once at the end. For processors with AVX-512, bfloat16 where it has dot products of it
  * (AVX512-BF16); elsewhere the functions are missing. Called through ctypes.
  */
-#include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 #include "prefetch.h"
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#include <immintrin.h>
+#include "scratch.h"
+#include "strips.h"
+#ifdef STRIPS
 
-#ifdef __AVX512BF16__
-#define PAIRS 1
-#else
-#define PAIRS 0
-#endif
-#define OUTPUTS 32   /* of a strip; STRIP in linear.py */
 #define MOST 14      /* rows of a tile at most: 28 sums, 2 lines of weights and a row's number are 31 of 32 registers */
 #define ROWS 12      /* rows of a tile where there are several */
 #define BLOCK 96     /* rows that meet a strip one tile after another, at most */
@@ -32,12 +25,6 @@
 #define AHEAD 8192   /* bytes until weights that are asked for now are used */
 #define BUSY 7       /* rows from which on weights are asked for: fewer wait for memory, which the processor foresees */
 #define ALIASED 4096 /* bytes: what lies so far apart wants the same lines of the first-level cache */
-
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 14") /* loops over sums: unrolled so early that the sums live in registers */
-
-/* Keeps a number in a register: the compiler would else read it anew for each of its products. */
-#define HOLD(x) __asm__("" : "+v"(x))
 
 /* What a caller gives: as below; x_row: elements from row to row. */
 typedef struct {
@@ -59,15 +46,6 @@ typedef struct {
 } call;
 
 /* ---- `half` is a constant wherever these are used: 0 for float32, 1 for bfloat16 ---- */
-
-#define SIZE(half) ((half) ? 2 : 4)
-
-INLINE __m512 add_product(const int half, __m512 sum, __m512 a, __m512 b) {
-#if PAIRS
-    if (half) return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-#endif
-    return _mm512_fmadd_ps(a, b, sum);
-}
 
 INLINE __m512 load_outputs(const int half, const char *from, __mmask16 mask) {
     if (!half) return _mm512_maskz_loadu_ps(mask, from);
@@ -94,8 +72,6 @@ INLINE void finish(const int half, const int n, const call *c, int64_t row, int6
             store_outputs(half, c->y + ((row + t) * c->d_out + o) * SIZE(half), mask, _mm512_add_ps(sum[t][j], bias));
     }
 }
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* What a strip asks for beside its own weights: its share of a list. */
 typedef struct {
@@ -210,17 +186,10 @@ INLINE void multiply_block(const int half, const call *c, int64_t block, int64_t
 /* x with its rows at a better distance where they would else all want the same lines of the first-level cache, and
  * with whole words where the last one would else be half of the next row's. NULL if there is no memory for that. */
 static const char *spread(const char *x, int64_t bytes, int64_t rows, int64_t *row, int64_t num_threads) {
-    static _Thread_local char *kept;
-    static _Thread_local int64_t size;
     const int64_t from = *row, apart = (bytes + 63) / 64 * 64 + 64;
     if ((rows < 2 || from % ALIASED) && bytes % 4 == 0) return x;
-    if (rows * apart > size) {
-        free(kept);
-        kept = aligned_alloc(64, (size_t)(rows * apart));
-        size = kept ? rows * apart : 0;
-    }
-    if (!kept) return NULL;
-    char *to = kept; /* the caller's, in whatever thread */
+    char *to = scratch(rows * apart); /* the caller's, in whatever thread */
+    if (!to) return NULL;
     (void)num_threads; /* without OpenMP */
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
     for (int64_t r = 0; r < rows; r++) {
@@ -228,7 +197,7 @@ static const char *spread(const char *x, int64_t bytes, int64_t rows, int64_t *r
         memset(to + r * apart + bytes, 0, 4);
     }
     *row = apart;
-    return kept;
+    return to;
 }
 
 /* 0, or 1 if memory ran out. */

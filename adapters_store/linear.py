@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from adapters_store import compiled, memory, tape
 from adapters_store.compiled import Status
 
-STRIP = 32  # outputs side by side; OUTPUTS in linear.c
+STRIP = 32  # outputs side by side; OUTPUTS in strips.h
 RUNS = 128  # of memory in a prefetch_list, at most; as in prefetch.h
 _IDLE = 12  # rows from which on a layer leaves memory idle while it computes (Zen 4, one thread: from 9 or so on)
 _MIN_SHARE = 1 << 20  # products that are worth a thread
-_SOURCE, _INCLUDED = (Path(__file__).with_name(name) for name in ("linear.c", "prefetch.h"))
+_SOURCE, *_INCLUDED = (Path(__file__).with_name(f) for f in ("linear.c", "prefetch.h", "scratch.h", "strips.h"))
 _LINEAR = {torch.float32: "linear_f32", torch.bfloat16: "linear_bf16"}
 
 _Functions = dict[torch.dtype, Callable[..., int]]  # they release the GIL, and share torch's threads (same soname)
@@ -122,7 +122,7 @@ def _linear(function: Callable[..., int], x: Tensor, strips: Strips, bias: Tenso
 def _load() -> tuple[_Functions, Status]:
     """The kernel of each dtype that this processor has one for, and the status; built at the first call."""
     try:
-        library = ctypes.CDLL(str(compiled.build("linear", [_SOURCE], included=[_INCLUDED])))
+        library = ctypes.CDLL(str(compiled.build("linear", [_SOURCE], included=_INCLUDED)))
     except compiled.FAILURES as error:
         return {}, Status(False, f"torch multiplies: {compiled.reason(error)}")
     functions = {dtype: getattr(library, name) for dtype, name in _LINEAR.items() if hasattr(library, name)}

@@ -46,6 +46,12 @@ def lay_out(model: nn.Module, layers: Sequence[nn.Module], run: Callable[[], Ten
     return False
 
 
+def strips_of(layer: nn.Module) -> Strips | None:
+    """A layer's weight as it is laid out, if it is."""
+    strips: Strips | None = layer.__dict__.get(_STRIPS)
+    return strips
+
+
 def put_back(layer: nn.Module) -> None:
     """Give a layer its weight as it was loaded, if it is laid out."""
     strips: Strips | None = layer.__dict__.pop(_STRIPS, None)
@@ -87,7 +93,7 @@ def _still_gives(run: Callable[[], Tensor], expected: Tensor, tolerance: float) 
 
 def forward(layer: Any, input: Tensor) -> Tensor:  # noqa: A002  # nn.Linear's name for it
     """What the layer's own forward gives: x W^T + b."""
-    strips: Strips | None = layer.__dict__.get(_STRIPS)
+    strips = strips_of(layer)
     if strips is None and isinstance(layer, nn.Linear):
         return _as_loaded(input, layer.weight, layer.bias)
     if strips is None:

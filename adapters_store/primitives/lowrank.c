@@ -14,9 +14,9 @@
  * profits; lowrank_bf16.c has the products for processors that multiply bfloat16. Called through ctypes (native.py).
  */
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 #include "../prefetch.h"
+#include "../scratch.h"
 #ifdef __FMA__
 #include <immintrin.h>
 #endif
@@ -426,19 +426,6 @@ static void run_panel(panel *now) {
     }
     for (const part *p = now->parts; p < now->parts + now->num_parts; p++) shrink_part(now, p);
     expand_panel(now);
-}
-
-/* At least so many bytes of this thread's own memory, kept from call to call; null if there is no more. */
-static char *scratch(int64_t bytes) {
-    static _Thread_local char *kept;
-    static _Thread_local int64_t size;
-    if (bytes > size) {
-        free(kept);
-        size = (bytes + 65535) / 65536 * 65536;
-        kept = aligned_alloc(64, (size_t)size);
-        if (!kept) size = 0;
-    }
-    return kept;
 }
 
 /* The adapter of a slot; one of rank 0 for slots that the site has never heard of. */

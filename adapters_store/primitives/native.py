@@ -24,7 +24,8 @@ from adapters_store.primitives.two_layer import Pair
 PREPARED = "native"  # key of a batch's memo: the batch as the kernel takes it
 MAX_RANK = 512  # beyond, a product is wide enough for torch's own
 _FLAGS = (*compiled.FLAGS, "-ffp-contract=off")  # lowrank.c says why
-_SOURCE, *_INCLUDED = (Path(__file__).parent / name for name in ("lowrank.c", "lowrank_bf16.c", "../prefetch.h"))
+_FILES = ("lowrank.c", "lowrank_bf16.c", "../prefetch.h", "../scratch.h")
+_SOURCE, *_INCLUDED = (Path(__file__).parent / name for name in _FILES)
 
 
 @dataclass(frozen=True)

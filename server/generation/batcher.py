@@ -9,13 +9,13 @@ run: one forward. postprocess: choose tokens, let finished sequences go, tell wh
 Lives on the engine's thread; nothing here is locked.
 """
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from server.errors import BatchFailedError, NotFiniteAnswerError
 from server.generation.decoder import Decoder
@@ -81,8 +81,7 @@ class Batcher:
         chunks = self._schedule()
         plan = Plan(chunks, self.decoder.encoder.device)
         try:
-            logits = self.decoder.forward(plan)
-            events = self._postprocess(plan, logits)
+            events = self._postprocess(plan, self._choose(plan))
         except Exception as error:  # noqa: BLE001  # whatever it was, the other sequences go on
             return self._fail([chunk.sequence for chunk in chunks], error)
         self._count(plan, time.perf_counter() - start, self.decoder.forward_s - before)
@@ -146,24 +145,32 @@ class Batcher:
             self.counters.cached_tokens += sequence.cached
         return True
 
-    def _postprocess(self, plan: Plan, logits: Tensor) -> list[Event]:
-        """The next tokens, and why any was the last one."""
+    def _choose(self, plan: Plan) -> list[Chosen | None]:
+        """Run the plan: the next token of each sequence whose tokens are all computed; None without a finite logit."""
+        likeliest = self.decoder.likeliest(plan) if plan.takes_likeliest else None
+        if likeliest is not None:
+            return [None if token < 0 else Chosen(token) for token in likeliest.tolist()]
+        logits = self.decoder.forward(plan)
+        start = time.perf_counter()
+        finite = torch.isfinite(logits.amax(dim=-1)).tolist()
+        draws = [chunk.sequence.draw for chunk in plan.chunks if chunk.is_last]
+        if not all(finite):
+            logits = logits[torch.tensor(finite, device=logits.device)]
+        chosen = iter(choose(logits, list(itertools.compress(draws, finite))))
+        self.counters.sampling_s += time.perf_counter() - start
+        return [next(chosen) if is_finite else None for is_finite in finite]
+
+    def _postprocess(self, plan: Plan, chosen: list[Chosen | None]) -> list[Event]:
+        """What became of the sequences: the next tokens, and why any was the last one."""
         for chunk in plan.chunks:
             chunk.sequence.computed = chunk.end
             chunk.sequence.name_pages(chunk.end, self.pool.name)
         ended = [chunk.sequence for chunk in plan.chunks if chunk.is_last]
         if not ended:
             return []
-        start = time.perf_counter()
-        finite = torch.isfinite(logits.amax(dim=-1)).tolist()
-        events = []
-        if not all(finite):
-            events = self._not_finite([one for one, is_finite in zip(ended, finite, strict=True) if not is_finite])
-            ended = [one for one, is_finite in zip(ended, finite, strict=True) if is_finite]
-            logits = logits[torch.tensor(finite, device=logits.device)]
-        chosen = choose(logits, [sequence.draw for sequence in ended])
-        self.counters.sampling_s += time.perf_counter() - start
-        events += [self._event(*one) for one in zip(ended, chosen, strict=True)]
+        both = list(zip(ended, chosen, strict=True))
+        events = self._not_finite([sequence for sequence, one in both if one is None])
+        events += [self._event(sequence, one) for sequence, one in both if one is not None]
         self._let_go([event.sequence for event in events if event.finish_reason or event.error])
         return events
 

@@ -112,21 +112,40 @@ class Decoder:
         self.forward_s += time.perf_counter() - start
         return logits
 
-    def _eager(self, plan: Plan) -> Tensor:
+    @torch.inference_mode()
+    def likeliest(self, plan: Plan) -> Tensor | None:
+        """(choosing,) int64: the first token of the highest of the same logits, by less work than all of them are.
+
+        -1 where the highest is not a finite number. None, and nothing is computed, where there is no such way.
+        """
+        if isinstance(self.graphs, GraphedDecode) or not self.language.finds_likeliest(len(plan.choosing)):
+            return None
+        start = time.perf_counter()
+        tokens = self.graphs.likeliest(plan, self._batch(plan.rows)) if self.graphs and plan.is_decode else None
+        if tokens is None:
+            tokens = self._eager(plan, likeliest=True)
+        self.forward_s += time.perf_counter() - start
+        return tokens
+
+    def _eager(self, plan: Plan, *, likeliest: bool = False) -> Tensor:
         hidden = self._packed(plan) if self.is_packed else self._padded(plan)
         if not plan.choosing:
             return hidden.new_zeros(0, 1).float()
         if len(hidden) > len(plan.choosing):
             hidden = hidden.index_select(0, torch.tensor(plan.choosing, device=hidden.device))
-        return self.language.logits(hidden)
+        return self._ahead(hidden, likeliest=likeliest)
 
-    def _over_buffers(self, buffers: StepBuffers | RowBuffers, batch: MixedBatch) -> Tensor:
-        """(rows, vocab_size) float32 behind each row; launches only, nothing waits for the device."""
+    def _ahead(self, hidden: Tensor, *, likeliest: bool) -> Tensor:
+        """What hidden states (n, d) say of the next tokens: the likeliest (n,), or the logits (n, vocab_size)."""
+        return self.language.likeliest(hidden) if likeliest else self.language.logits(hidden)
+
+    def _over_buffers(self, buffers: StepBuffers | RowBuffers, batch: MixedBatch, likeliest: bool = False) -> Tensor:
+        """What is ahead of each row; launches only, nothing waits for the device."""
         ids, positions = buffers.ids[None], buffers.positions[None] + self.encoder.first_position
         made = ids.new_ones(1, 1, 1, 1)  # a mask of this shape is taken as it is; else the model looks at the positions
         with self.encoder.sites.mixing(batch), attending(PagedAttention(self.memory, cast(Plan, buffers))):
             hidden = self._model(input_ids=ids, position_ids=positions, attention_mask=made, use_cache=False)
-        return self.language.logits(hidden)
+        return self._ahead(hidden, likeliest=likeliest)
 
     def _packed(self, plan: Plan) -> Tensor:
         """(tokens, d) hidden states in one forward, or (choosers, d) where the last block is narrowed."""

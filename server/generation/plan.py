@@ -101,6 +101,11 @@ class Plan:
         ends = np.cumsum([chunk.count for chunk in self.chunks]).tolist()
         return [end - 1 for end, chunk in zip(ends, self.chunks, strict=True) if chunk.is_last]
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """True if every token to choose is the likeliest one, of which nobody wants to know more."""
+        return all(chunk.sequence.draw.takes_likeliest for chunk in self.chunks if chunk.is_last)
+
     @cached_property
     def choosers(self) -> "Plan":
         """The last token of each chunk that is its sequence's last, in the order of `chunks`; of some chunk if none is.

@@ -60,6 +60,7 @@ class Draw:
             self.penalties = _penalties(sampling, prompt, vocab_size)
         else:
             self.penalties = like.penalties and like.penalties.copy()
+        self.takes_likeliest = self.is_greedy and self.penalties is None and sampling.logprobs is None
 
 
 def _penalties(sampling: Sampling, prompt: Sequence[int], vocab_size: int) -> Penalties | None:

@@ -24,7 +24,7 @@ ARENA_BYTES = 1 << 28  # for what a step makes; logits of 64 rows over 128,000 t
 MOST = 128  # tapes that are kept
 
 
-Forward = Callable[["RowBuffers", MixedBatch], Tensor]  # gives (rows, vocab_size) logits
+Forward = Callable[["RowBuffers", MixedBatch, bool], Tensor]  # gives what a Shape says
 
 
 class Shape(NamedTuple):
@@ -32,6 +32,7 @@ class Shape(NamedTuple):
 
     rows: int
     threads: int
+    likeliest: bool  # gives the (rows,) likeliest tokens, and not the (rows, vocab_size) logits
 
 
 class RowBuffers:
@@ -74,8 +75,15 @@ class TapedDecode:
 
         What is returned is overwritten by the next step.
         """
+        return self._played(plan, batch, likeliest=False)
+
+    def likeliest(self, plan: Plan, batch: MixedBatch) -> Tensor | None:
+        """(singles,) likeliest token behind each token of the plan, where the model's head finds it; else the same."""
+        return self._played(plan, batch, likeliest=True)
+
+    def _played(self, plan: Plan, batch: MixedBatch, *, likeliest: bool) -> Tensor | None:
         layout = self._current_layout()
-        shape = Shape(plan.num_singles, torch.get_num_threads())
+        shape = Shape(plan.num_singles, torch.get_num_threads(), likeliest)
         if not plan.chunks or shape in self._without or not layout.serves(batch) or cost.is_forced():
             return None
         known = self._tapes.pop(shape, None) or self._recorded(shape, layout)
@@ -109,7 +117,7 @@ class TapedDecode:
         """A tape and the buffers that it reads, or why there is none."""
         buffers, standing = RowBuffers(shape.rows, self._most_pages), layout.standing(shape.rows, self._sites)
         standing.memo.update({native.PREPARED: buffers.mixes, cost.FORM: "native"})
-        tape = record(lambda: self._forward(buffers, standing), self._arena)
+        tape = record(lambda: self._forward(buffers, standing, shape.likeliest), self._arena)
         return tape if isinstance(tape, str) else (buffers, tape)
 
 
