@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapters_store import linear_layers, memory
+from adapters_store import likeliest, linear_layers, memory
 from adapters_store.encoder import Encoder, Rows
 from adapters_store.errors import UnsupportedError
-from adapters_store.likeliest import Screen, supports
+from adapters_store.likeliest import Screen
 from adapters_store.mixing import Mix
 from adapters_store.packing import packed
 from adapters_store.places import in_eval
@@ -62,6 +62,15 @@ class LanguageModel:
         assert self._screen is not None, "our bug: not asked before"
         return self._screen.likeliest(hidden)
 
+    @property
+    def greedy_path(self) -> str:
+        """How the likeliest token is found, for people."""
+        if self._screen is None and likeliest.status().active:
+            return "from all logits: the head is small, not laid out, or logits are more than its products"
+        if self._screen is not None and self._screen.is_given_up:
+            return "from all logits: 8-bit weights exclude too few of this backbone's"
+        return likeliest.status().detail
+
     @torch.no_grad()
     def lay_out(self) -> bool:
         """Lay out the linear layers of backbone and head for the CPU's kernel; see Encoder.lay_out."""
@@ -75,7 +84,7 @@ class LanguageModel:
         """What finds the likeliest token of a head that is laid out, where logits are its plain products."""
         strips = linear_layers.strips_of(self._projection)
         is_plain = getattr(self._projection, "bias", None) is None and self._factor == 1 and self._softcap is None
-        if strips is None or not is_plain or not supports(strips.words.dtype, self.encoder.device):
+        if strips is None or not is_plain or not likeliest.supports(strips.words.dtype, self.encoder.device):
             return None
         with memory.side_by_side(strips.words.numel()):
             return Screen.of(strips)

@@ -152,6 +152,7 @@ INLINE void bound_rows(const int n, const arguments *a, const row *rows, int64_t
             bound(a, rows + t, strip * HALVES + j, sum[t][j][0], sum[t][j][1]);
 }
 
+/* All rows meet a strip of q. */
 static void bound_strip(const arguments *a, const row *rows, int64_t num_rows, int64_t strip) {
     const int64_t tiles = (num_rows + ROWS - 1) / ROWS, apart = row_bytes(a);
     for (int64_t i = 0; i < tiles; i++) {
@@ -173,11 +174,10 @@ INLINE float rounded(const int half, float sum) {
     return sum;
 }
 
-/* The largest sum so far, and whose it is. */
+/* The largest sum so far, and whose it is. W is finite: a sum is no number only where x is not, and then none is. */
 typedef struct {
     float sum;
     int64_t token;
-    int is_spoilt; /* by what is no number */
 } best;
 
 INLINE void consider(const int half, const arguments *a, int64_t half_strip, __m512 sums, best *found) {
@@ -185,7 +185,6 @@ INLINE void consider(const int half, const arguments *a, int64_t half_strip, __m
     _mm512_storeu_ps(each, sums);
     for (int64_t o = half_strip * LANES, k = 0; k < LANES && o < a->d_out; k++, o++) {
         const float sum = rounded(half, each[k]);
-        found->is_spoilt |= sum != sum;
         if (sum > found->sum || (sum == found->sum && o < found->token)) {
             found->sum = sum;
             found->token = o;
@@ -211,7 +210,7 @@ INLINE void compute(const int half, const arguments *a, const row *r, int64_t ha
 INLINE int64_t choose(const int half, const arguments *a, const row *r, int64_t *token) {
     const int64_t num_halves = words_of(a->d_out, LANES);
     int64_t first = 0, computed = 1;
-    best found = {-INFINITY, a->d_out, 0};
+    best found = {-INFINITY, a->d_out};
     for (int64_t h = 1; h < num_halves; h++)
         if (r->upper[h] > r->upper[first]) first = h;
     compute(half, a, r, first, &found);
@@ -220,7 +219,7 @@ INLINE int64_t choose(const int half, const arguments *a, const row *r, int64_t 
             compute(half, a, r, h, &found);
             computed++;
         }
-    *token = found.is_spoilt || isinf(found.sum) ? -1 : found.token;
+    *token = isinf(found.sum) ? -1 : found.token;
     return computed;
 }
 

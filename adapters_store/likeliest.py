@@ -25,11 +25,13 @@ from adapters_store.linear import STRIP, Strips
 _INPUTS = 4  # of a word of 8-bit weights
 _AT_ONCE = 1 << 24  # weights that are taken to 8 bits at a time
 _UNIT = 2.0**-24  # of rounding in float32
+_FLUSHED = 1e-35  # more than weights that are too small to be normal numbers: products of bfloat16 take them for 0
+_MOST_INPUTS = 1 << 16  # of which sums in 8 bits fit into 32
 _MIN_WEIGHTS = 1 << 20  # below, logits cost about as much as a call
 _MIN_SHARE = 1 << 22  # products that are worth a thread
 _MOST_ROWS = {torch.float32: 1 << 30, torch.bfloat16: 8}  # beyond, all products in bfloat16 are as fast (Zen 4)
-_MOST_COMPUTED = 0.25  # share of the logits: if bounds exclude less than the rest, the screen is given up
-_TRIED = 1 << 20  # logits after which it may be given up
+_MOST_COMPUTED = 0.25  # share of the logits; if more are computed, a screen is given up
+_TRIED = 1 << 16  # halves of strips, each of a row, after which it may be
 _SOURCE, *_INCLUDED = (Path(__file__).with_name(name) for name in ("likeliest.c", "scratch.h", "strips.h"))
 _LIKELIEST = {torch.float32: "likeliest_f32", torch.bfloat16: "likeliest_bf16"}
 
@@ -66,7 +68,8 @@ class _Bounds(NamedTuple):
         near = (weight / scale[:, None].clamp(min=1e-37)).round_().clamp_(-127, 127)
         lost = (weight - near * scale[:, None]).norm(dim=1)
         norm = weight.norm(dim=1) * 1.001 + lost
-        slack = 1.001 * lost + (2 * d_in + 64) * _UNIT * norm  # a sum of d_in products is off by d_in units at most
+        sums = (2 * d_in + 64) * _UNIT * norm  # in float32 they are off by d_in units at most
+        slack = 1.001 * lost + sums + _FLUSHED
         padded = F.pad(near.to(torch.int8), (0, -d_in % _INPUTS))
         q = padded.view(len(weight) // STRIP, STRIP, -1, _INPUTS).transpose(1, 2)
         return _Bounds(q, scale, slack, norm, near.sum(1).int())
@@ -86,9 +89,9 @@ class Screen:
 
     @staticmethod
     def of(strips: Strips) -> "Screen | None":
-        """None for small weights, and for those that are not all finite. Takes a byte for each."""
+        """None for few weights, and for those that are not all finite. Takes a byte for each."""
         num_strips, d_in = strips.words.shape[0], strips.d_in
-        if strips.d_out * d_in < _MIN_WEIGHTS:
+        if strips.d_out * d_in < _MIN_WEIGHTS or d_in > _MOST_INPUTS:
             return None
         q = memory.zeros(num_strips, -(-d_in // _INPUTS), STRIP, _INPUTS, dtype=torch.int8)
         rest, step = [], max(1, _AT_ONCE // (STRIP * d_in))
@@ -102,11 +105,15 @@ class Screen:
             return None
         return Screen(strips, _Bounds(q, scale, slack, norm, total), most, torch.zeros(2, dtype=torch.int64))
 
+    @property
+    def is_given_up(self) -> bool:
+        """True if the bounds have excluded too few of the products to be worth their while."""
+        computed, seen = self.counts.tolist()
+        return bool(seen > _TRIED and computed > _MOST_COMPUTED * seen)
+
     def pays(self, rows: int) -> bool:
         """True if so many rows get their tokens faster than from all their logits."""
-        computed, seen = self.counts.tolist()
-        is_given_up = seen * STRIP // 2 > _TRIED and computed > _MOST_COMPUTED * seen
-        return 0 < rows <= _MOST_ROWS[self.strips.words.dtype] and not is_given_up
+        return 0 < rows <= _MOST_ROWS[self.strips.words.dtype] and not self.is_given_up
 
     def likeliest(self, x: Tensor) -> Tensor:
         """The first of the outputs with the largest product with each row of x, (n, d_in): (n,) int64.

@@ -236,6 +236,7 @@ class Generation(BaseModel):
     forward: Literal["packed", "padded"]
     attention_path: str
     decoding_path: str
+    greedy_path: str = Field(description="how the likeliest token is found")
     max_length: int = Field(description="tokens of prompt and text")
     kv_tokens: int = Field(description="tokens that have a place in KV memory at once")
     prefix_cache: bool

@@ -65,6 +65,7 @@ def _generation(generator: Generator, prefix_cache: bool) -> dict[str, Any]:
         "forward": "packed" if decoder.is_packed else "padded",
         "attention_path": decoder.attention_path,
         "decoding_path": decoder.decoding_path,
+        "greedy_path": decoder.language.greedy_path,
         "max_length": generator.max_length,
         "kv_tokens": decoder.memory.num_pages * PAGE,
         "prefix_cache": prefix_cache,
