@@ -122,8 +122,6 @@ INLINE void add_products(const int half, const int n, const char *const *x, int6
     }
 }
 
-INLINE void ask_for(const char *line) { __builtin_prefetch(line, 0, 2); }
-
 /* `n` rows from `row` on meet a strip. ahead: bytes from the weights in use to those asked for; asks: lines of others
  * that are asked for beside, per word. */
 INLINE void multiply(const int half, const int n, const int asks, const call *c, int64_t row, int64_t strip,
@@ -138,13 +136,13 @@ INLINE void multiply(const int half, const int n, const int asks, const call *c,
     while (asks && w < end && others->left > 0) {
         const char *line = take(others, asks, (end - w) / (4 * OUTPUTS), &words);
         for (const char *stop = w + words * 4 * OUTPUTS; w < stop; w += 4 * OUTPUTS, i += 4, line += 64 * asks) {
-            UNROLL for (int j = 0; j < 2; j++) ask_for(w + ahead + 64 * j);
-            UNROLL for (int j = 0; j < asks; j++) ask_for(line + 64 * j);
+            UNROLL for (int j = 0; j < 2; j++) ASK_FOR(w + ahead + 64 * j);
+            UNROLL for (int j = 0; j < asks; j++) __builtin_prefetch(line + 64 * j, 0, 2);
             add_products(half, n, x, x_row, i, w, sum);
         }
     }
     for (; w < end; w += 4 * OUTPUTS, i += 4) {
-        if (n >= BUSY) UNROLL for (int j = 0; j < 2; j++) ask_for(w + ahead + 64 * j);
+        if (n >= BUSY) UNROLL for (int j = 0; j < 2; j++) ASK_FOR(w + ahead + 64 * j);
         add_products(half, n, x, x_row, i, w, sum);
     }
     finish(half, n, c, row, strip, sum);
@@ -168,7 +166,7 @@ INLINE int64_t block_of(int64_t bytes) {
 }
 
 /* The rows of a block meet a strip, in tiles of about the same size. Tiles behind the first find its weights in the
- * second-level cache, so there is time to ask for two lines per word; a lone one reads them, and asks for one. */
+ * second-level cache, so larger ones have time to ask for two lines per word; a lone one reads them, and asks for one. */
 INLINE void multiply_block(const int half, const call *c, int64_t block, int64_t strip) {
     const int64_t first = block * c->block, rows = least(c->rows - first, c->block);
     const int64_t tiles = rows <= MOST ? 1 : (rows + ROWS - 1) / ROWS;
@@ -178,7 +176,7 @@ INLINE void multiply_block(const int half, const call *c, int64_t block, int64_t
         int64_t row = i * rows / tiles, n = (i + 1) * rows / tiles - row, ahead = i ? 0 : AHEAD;
         row += first;
         if (others.left <= 0 || (i == 0 && tiles > 1)) multiply_rows(half, 0, n, c, row, strip, ahead, NULL);
-        else if (i == 0 || others.left <= c->words) multiply_rows(half, 1, n, c, row, strip, ahead, &others);
+        else if (i == 0 || n < BUSY_TILE || others.left <= c->words) multiply_rows(half, 1, n, c, row, strip, ahead, &others);
         else multiply_rows(half, 2, n, c, row, strip, ahead, &others);
     }
 }
@@ -199,6 +197,8 @@ static const char *spread(const char *x, int64_t bytes, int64_t rows, int64_t *r
     *row = apart;
     return to;
 }
+
+const int64_t linear_idle_rows = IDLE_ROWS;
 
 /* 0, or 1 if memory ran out. */
 #define LINEAR(NAME, HALF)                                                                                           \

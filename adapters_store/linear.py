@@ -21,7 +21,6 @@ from adapters_store.compiled import Status
 
 STRIP = 32  # outputs side by side; OUTPUTS in strips.h
 RUNS = 128  # of memory in a prefetch_list, at most; as in prefetch.h
-_IDLE = 12  # rows from which on a layer leaves memory idle while it computes (Zen 4, one thread: from 9 or so on)
 _MIN_SHARE = 1 << 20  # products that are worth a thread
 _SOURCE, *_INCLUDED = (Path(__file__).with_name(f) for f in ("linear.c", "prefetch.h", "scratch.h", "strips.h"))
 _LINEAR = {torch.float32: "linear_f32", torch.bfloat16: "linear_bf16"}
@@ -86,6 +85,12 @@ def linear(x: Tensor, strips: Strips, bias: Tensor | None = None) -> Tensor:
     return _linear(_load()[0][x.dtype], x, strips, bias)
 
 
+@functools.cache
+def idle_rows() -> int:
+    """Rows from which on a layer leaves memory idle while it computes, as measured on one thread."""
+    return ctypes.c_int64.in_dll(_library(), "linear_idle_rows").value
+
+
 def prefetch_meanwhile(y: Tensor, listing: tape.KernelCall, address: int) -> None:
     """While a tape is recorded, let the layer that has just made y ask for what is read next; else nothing.
 
@@ -94,7 +99,7 @@ def prefetch_meanwhile(y: Tensor, listing: tape.KernelCall, address: int) -> Non
     layer = tape.last()
     if isinstance(layer, tuple) and isinstance(layer[1], _Call):
         arguments = layer[1]
-        if arguments.y == y.data_ptr() and arguments.rows >= _IDLE:
+        if arguments.y == y.data_ptr() and arguments.rows >= idle_rows():
             arguments.others = address
             tape.note_before_last(listing)
 
@@ -118,11 +123,17 @@ def _linear(function: Callable[..., int], x: Tensor, strips: Strips, bias: Tenso
 
 
 @functools.cache
+def _library() -> ctypes.CDLL:
+    """The built kernels; raises one of compiled.FAILURES."""
+    return ctypes.CDLL(str(compiled.build("linear", [_SOURCE], included=_INCLUDED)))
+
+
+@functools.cache
 @tape.apart
 def _load() -> tuple[_Functions, Status]:
     """The kernel of each dtype that this processor has one for, and the status; built at the first call."""
     try:
-        library = ctypes.CDLL(str(compiled.build("linear", [_SOURCE], included=_INCLUDED)))
+        library = _library()
     except compiled.FAILURES as error:
         return {}, Status(False, f"torch multiplies: {compiled.reason(error)}")
     functions = {dtype: getattr(library, name) for dtype, name in _LINEAR.items() if hasattr(library, name)}

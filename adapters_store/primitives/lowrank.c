@@ -24,11 +24,11 @@
 #define PANEL 256     /* tokens of a panel at most; PANEL in panels.py */
 #define AT_ONCE 4     /* tokens that share one reading of B from the first-level cache */
 #define SHARING 8     /* tokens that share one reading of A, which fills that cache */
-#define CHUNK 64      /* columns of y worked on at a time: 64 rows of B as long stay in the first-level cache */
+#define BLOCK 128     /* columns of B that lie together; BLOCK in native.py */
+#define CHUNK 64      /* columns of y worked on at a time: 64 rows of B as long stay in the first-level cache; or, */
+#define FEW 8         /* where so few tokens use an adapter, a block: B comes from memory as one run */
 #define STRIP 512     /* columns of y kept in float32 while they are summed, where y cannot hold sums: at least, */
-#define SUMS 65536    /* or as many as make so many floats: long runs of B, and all in the second-level cache */
-#define ROWS 4        /* rows of B read side by side where few tokens use them: as many runs of memory */
-#define FEW 8         /* tokens that are few */
+#define SUMS 65536    /* or as many as make so many floats: all in the second-level cache */
 #define AHEAD 4096    /* bytes of A until what is asked for now is used */
 
 /* Floats of one vector: longer than the processor's, the compiler would take them apart through memory. */
@@ -67,7 +67,8 @@ typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
 #define UNROLL _Pragma("GCC unroll 8") /* loops over sums: unrolled so early that the sums live in registers */
 
 /* One adapter at one site. a: (d_in, lanes) with lanes = rank rounded up to 8 or a multiple of 16, zero-filled.
- * b: (rank, d_out), the adapter's scale folded in. rank 0: the adapter does not touch this site. */
+ * b: blocks of BLOCK columns one behind the other, the last of those that are left; each (rank, its columns). The
+ * adapter's scale is folded in. rank 0: the adapter does not touch this site. */
 typedef struct {
     const void *a;
     const void *b;
@@ -116,10 +117,9 @@ typedef struct {
     const part *parts;
     int64_t num_parts;
     int64_t at;
-    int64_t shift; /* the column of b that belongs to column 0 of y */
-    int64_t d_out;
-    int64_t first, rows; /* rows of each b: the first one, and how many at most; pairs of ranks are a row */
-    int64_t ahead;       /* bytes from what is read of b to what is asked for meanwhile */
+    int64_t d_out, shift, end; /* shift: the column of b that belongs to column 0 of y; end: the one behind the last */
+    int asks;                  /* for what is read next, */
+    const char *next;          /* behind b; NULL if it is not known */
 } addends;
 
 /* The two products of a kernel, for 1 to SHARING and 1 to AT_ONCE tokens. */
@@ -134,6 +134,28 @@ typedef struct {
 } arithmetic;
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* ---- b by columns, in bytes: a number of it takes 4, a float or a pair of bfloat16 ---- */
+
+INLINE int64_t block_of(int64_t column) { return column / BLOCK * BLOCK; }
+
+/* Where the first row of b has a column. */
+INLINE const char *column_of(const char *b, int64_t rows, int64_t column) {
+    return b + 4 * (block_of(column) * rows + column % BLOCK);
+}
+
+/* From a row of b to the next one, where a column lies. */
+INLINE int64_t row_bytes(const addends *add, int64_t column) {
+    return 4 * least(add->d_out - block_of(column), BLOCK);
+}
+
+/* From a column of b to what is asked for meanwhile: the next block, behind the last one what comes next. */
+INLINE int64_t ahead_of(const addends *add, const char *b, int64_t rows, int64_t column) {
+    const int64_t block = block_of(column);
+    if (!add->asks) return 0;
+    if (block + BLOCK < add->end) return 4 * BLOCK * rows;
+    return add->next ? add->next - column_of(b, rows, block) : 0;
+}
 
 /* ---- vectors of y, of which bfloat16 is only a way to be stored ---- */
 
@@ -199,7 +221,7 @@ INLINE int64_t turn_of(int64_t d_in, int64_t row_bytes, const char *next) {
             if (i >= turn) ahead = next - (const char *)(a + i * lanes), turn = INT64_MAX;                           \
             UNROLL for (int s = 0; s < 2; s++) {                                                                     \
                 VECTOR row = *(const VECTOR *)(a + (i + s) * lanes);                                                 \
-                __builtin_prefetch((const char *)(a + (i + s) * lanes) + ahead, 0, 2);                               \
+                ASK_FOR((const char *)(a + (i + s) * lanes) + ahead);                                                \
                 UNROLL for (int t = 0; t < tokens; t++) sum[s][t] = FUSED(row, ALL(rows[t][i + s]), sum[s][t]);      \
             }                                                                                                        \
         }                                                                                                            \
@@ -252,15 +274,16 @@ INLINE void expand_vectors(int half, int tokens, int vectors, int64_t n, char *c
             sum[t][v] = half ? load_bf16((const uint16_t *)y[t] + c + v * LANES, n)
                              : load((const float *)y[t] + c + v * LANES, n);
     for (const part *p = add->parts; p < add->parts + add->num_parts; p++) {
-        int64_t end = least(p->adapter->rank, add->first + add->rows), lanes = p->adapter->lanes;
-        const float *b = (const float *)p->adapter->b + add->shift + c, *hidden = p->hidden + add->at * lanes;
-        for (int64_t j = add->first; j < end; j++) {
+        const int64_t rank = p->adapter->rank, lanes = p->adapter->lanes, column = add->shift + c;
+        const int64_t to_next = row_bytes(add, column), ahead = ahead_of(add, p->adapter->b, rank, column);
+        const char *b = column_of(p->adapter->b, rank, column);
+        const float *hidden = p->hidden + add->at * lanes;
+        for (int64_t j = 0; j < rank; j++, b += to_next) {
             floats row[8];
             UNROLL for (int v = 0; v < vectors; v++) {
-                const float *from = b + j * add->d_out + v * LANES;
-                row[v] = load(from, n);
+                row[v] = load((const float *)b + v * LANES, n);
                 HOLD(row[v]);
-                __builtin_prefetch((const char *)from + add->ahead, 0, 2);
+                ASK_FOR(b + 4 * v * LANES + ahead);
             }
             UNROLL for (int t = 0; t < tokens; t++) {
                 floats same = ALL(hidden[t * lanes + j]);
@@ -350,40 +373,19 @@ INLINE int64_t rows_of(const panel *now, const part *p) {
  * columns of b stays in the first-level cache for all tokens. */
 static void expand_parts(const panel *now, int half, char *const *y, const part *parts, int64_t num_parts,
                          int64_t shift, int64_t columns) {
-    addends add = {parts, num_parts, 0, shift, now->here->d_out, 0, INT64_MAX, 4 * CHUNK};
-    for (int64_t c = 0, width; c < columns; c += width) {
-        width = least(columns - c, CHUNK);
-        for (int64_t n; (n = least(parts->num_uses - add.at, AT_ONCE)) > 0; add.at += n) {
+    const part *after = parts + num_parts;
+    const int64_t step = parts->num_uses > FEW ? CHUNK : BLOCK;
+    addends add = {parts, num_parts, 0, now->here->d_out, shift, shift + columns, 1, NULL};
+    if (after < now->parts + now->num_parts) add.next = column_of(after->adapter->b, rows_of(now, after), shift);
+    for (int64_t c = 0, width; c < columns; c += width, add.at = 0, add.asks = 1) {
+        width = least(columns - c, step);
+        for (int64_t n; (n = least(parts->num_uses - add.at, AT_ONCE)) > 0; add.at += n, add.asks = 0) {
             char *rows[AT_ONCE];
             for (int64_t t = 0; t < n; t++) rows[t] = y[parts->uses[2 * (add.at + t)] - now->first_token];
             fetch_y(now, half, y, parts, add.at + n, c, width);
             now->by->expand(n, half, rows, c, c + width, &add);
-            add.ahead = 0;
         }
-        add.at = 0;
-        add.ahead = 4 * CHUNK;
     }
-}
-
-/* The same for one part that few tokens use: its b is read a few rows at a time, as they lie, and y, which holds
- * floats, over and over. */
-static void expand_few(const panel *now, char *const *y, const part *p, int64_t shift, int64_t columns) {
-    const int64_t num_rows = rows_of(now, p), row_bytes = 4 * now->here->d_out;
-    const part *next = p + 1 < now->parts + now->num_parts ? p + 1 : p;
-    char *rows[FEW];
-    for (int64_t t = 0; t < p->num_uses; t++) rows[t] = y[p->uses[2 * t] - now->first_token];
-    for (int64_t first = 0; first < num_rows; first += ROWS) {
-        const char *from = (const char *)p->adapter->b + first * row_bytes; /* behind the last rows come the next b's */
-        const char *soon = first + ROWS < num_rows ? from + ROWS * row_bytes : (const char *)next->adapter->b;
-        addends add = {p, 1, 0, shift, now->here->d_out, first, ROWS, soon - from};
-        for (int64_t n; (n = least(p->num_uses - add.at, AT_ONCE)) > 0; add.at += n, add.ahead = 0)
-            now->by->expand(n, 0, rows + add.at, 0, columns, &add);
-    }
-}
-
-INLINE void expand_part(const panel *now, int half, char *const *y, const part *p, int64_t shift, int64_t columns) {
-    if (!half && p->num_uses <= FEW) expand_few(now, y, p, shift, columns);
-    else expand_parts(now, half, y, p, 1, shift, columns);
 }
 
 /* Sums that leave the registers between a token's adapters: kept in float32, a strip of columns at a time, so that a
@@ -396,7 +398,7 @@ static void expand_in_strips(const panel *now) {
         int64_t columns = least(here->d_out - c, now->strip);
         for (int64_t t = 0; t < now->tokens; t++) widen_row((uint16_t *)now->y[t] + c, columns, (float *)sums[t]);
         for (const part *p = now->parts; p < now->parts + now->num_parts; p++)
-            expand_part(now, 0, sums, p, c, columns);
+            expand_parts(now, 0, sums, p, 1, c, columns);
         for (int64_t t = 0; t < now->tokens; t++) narrow_row((float *)sums[t], columns, (uint16_t *)now->y[t] + c);
     }
 }
@@ -408,7 +410,7 @@ static void expand_panel(const panel *now) {
     if (same) expand_parts(now, half, now->y, now->parts, now->num_parts, 0, now->here->d_out);
     else if (half) expand_in_strips(now);
     else
-        for (const part *p = now->parts; p < end; p++) expand_part(now, 0, now->y, p, 0, now->here->d_out);
+        for (const part *p = now->parts; p < end; p++) expand_parts(now, 0, now->y, p, 1, 0, now->here->d_out);
 }
 
 static void run_panel(panel *now) {
@@ -446,7 +448,7 @@ static int prepare_and_run(const site *here, const arithmetic *by, int64_t index
     if (hidden == 0) return 1;
     panel now = {here, by, .first_token = at[0], .tokens = at[2] - at[0]};
     int64_t parts = (num_groups * (int64_t)sizeof(part) + 63) / 64 * 64; /* whole lines */
-    now.strip = SUMS / now.tokens / CHUNK * CHUNK;
+    now.strip = SUMS / now.tokens / BLOCK * BLOCK;
     if (now.strip < STRIP) now.strip = STRIP;
     now.strip = least(now.strip, (here->d_out + LANES - 1) / LANES * LANES);
     int64_t sums = by->half ? now.tokens * now.strip : 0;

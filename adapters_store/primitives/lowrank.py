@@ -50,8 +50,21 @@ def delta(place: Place, entry: Entry, x: Tensor, y: Tensor) -> Tensor:  # noqa: 
 
 @dataclass(frozen=True)
 class _Slot:
-    pair: Pair
-    kept: Any  # the same in a kernel's layout: NativePair, or GroupedPair on a GPU; None: for torch forms only
+    """An adapter as what serves it wants it.
+
+    kept: in a kernel's layout, NativePair or GroupedPair; None: for torch forms only. given: for torch forms; None:
+    made of what is kept, if they ever serve it.
+    """
+
+    rank: int
+    kept: Any
+    given: Pair | None
+
+    @functools.cached_property
+    def pair(self) -> Pair:
+        """For torch forms."""
+        made: Pair = self.given or self.kept.for_torch()
+        return made
 
 
 class LowRankBank(Bank):
@@ -81,19 +94,18 @@ class LowRankBank(Bank):
         """Scale folded into B in float32; then the layout that serves."""
         A, B = entry.tensors["A"], wide(entry.tensors["B"]) * float(entry.options.get("scale", 1.0))
         if B.requires_grad or A.requires_grad:
-            return _Slot(Pair(A, B), None)
+            return _Slot(len(A), None, Pair(A, B))
         if self._triton:
             grouped = self._triton.GroupedPair.of(wide(A), B, self.dtype, self.device)
-            return _Slot(grouped.pair, grouped)
+            return _Slot(len(A), grouped, grouped.pair)
         if self._has_native and A.shape[0] <= native.MAX_RANK:
-            kept = NativePair.of(A.float(), B, paired=native.is_paired(self.dtype))
-            return _Slot(kept.unpaired() or Pair(A.to(self.dtype), B.to(self.dtype)), kept)
-        return _Slot(Pair(A.to(self.device, self.dtype), B.to(self.device, self.dtype)), None)
+            return _Slot(len(A), NativePair.of(A.float(), B, paired=native.is_paired(self.dtype)), None)
+        return _Slot(len(A), None, Pair(A.to(self.device, self.dtype), B.to(self.device, self.dtype)))
 
     def changed(self, slot: int) -> None:
         """Keep the kernel's table in step."""
         kept = self.slots.get(slot)
-        self._table.fill(slot, kept.pair.rank if kept else 0, None if self._triton or not kept else kept.kept)
+        self._table.fill(slot, kept.rank if kept else 0, None if self._triton or not kept else kept.kept)
         if self._grouped is not None:
             self._grouped.fill(slot, kept.kept if kept else None)
         if kept and not kept.kept:

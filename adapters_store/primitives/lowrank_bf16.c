@@ -1,7 +1,7 @@
 /* The two products of lowrank.c for bfloat16 on processors with bfloat16 dot products (AVX512-BF16); part of lowrank.c.
  *
  * The dot product takes two neighbouring elements at a time, so factors come in pairs: an entry's a is
- * (d_in / 2, lanes, 2) and its b (rank / 2, d_out, 2), odd sizes filled with zeros. Sums are float32; x, the factors
+ * (d_in / 2, lanes, 2) and the blocks of its b (rank / 2, columns, 2), odd sizes filled with zeros. Sums are float32; x, the factors
  * and weight * A x are bfloat16, as they are in the backbone's own product. A part's hidden holds lanes / 2 pairs for
  * each use, at the beginning of its lanes.
  */
@@ -28,7 +28,7 @@ INLINE int32_t pair_at(const uint16_t *x) {
             UNROLL for (int s = 0; s < 2; s++) {                                                                     \
                 const void *from = a + (i + 2 * s) * lanes;                                                          \
                 __m##BITS##bh row = (__m##BITS##bh)LOAD(from);                                                       \
-                __builtin_prefetch((const char *)from + ahead, 0, 2);                                                \
+                ASK_FOR((const char *)from + ahead);                                                                 \
                 UNROLL for (int t = 0; t < tokens; t++)                                                              \
                     sum[s][t] = _mm##BITS##_dpbf16_ps(                                                               \
                         sum[s][t], row, (__m##BITS##bh)_mm##BITS##_set1_epi32(pair_at(rows[t] + i + 2 * s)));        \
@@ -89,14 +89,14 @@ INLINE void expand_pair_vectors(int half, int tokens, int vectors, __mmask16 mas
     UNROLL for (int t = 0; t < tokens; t++)
         UNROLL for (int v = 0; v < vectors; v++) sum[t][v] = load_sums(half, y[t], c + v * LANES, mask);
     for (const part *p = add->parts; p < add->parts + add->num_parts; p++) {
-        int64_t end = least((p->adapter->rank + 1) / 2, add->first + add->rows), lanes = p->adapter->lanes;
-        const uint16_t *b = (const uint16_t *)p->adapter->b + 2 * (add->shift + c);
+        const int64_t rows = (p->adapter->rank + 1) / 2, lanes = p->adapter->lanes, column = add->shift + c;
+        const int64_t to_next = row_bytes(add, column), ahead = ahead_of(add, p->adapter->b, rows, column);
+        const char *b = column_of(p->adapter->b, rows, column);
         const int32_t *hidden = (const int32_t *)(p->hidden + add->at * lanes);
-        for (int64_t j = add->first; j < end; j++)
+        for (int64_t j = 0; j < rows; j++, b += to_next)
             UNROLL for (int v = 0; v < vectors; v++) {
-                const uint16_t *from = b + 2 * (j * add->d_out + v * LANES);
-                __m512bh row = (__m512bh)_mm512_maskz_loadu_epi32(mask, from);
-                __builtin_prefetch((const char *)from + add->ahead, 0, 2);
+                __m512bh row = (__m512bh)_mm512_maskz_loadu_epi32(mask, b + 4 * v * LANES);
+                ASK_FOR(b + 4 * v * LANES + ahead);
                 UNROLL for (int t = 0; t < tokens; t++)
                     sum[t][v] = _mm512_dpbf16_ps(sum[t][v], row, (__m512bh)_mm512_set1_epi32(hidden[t * lanes + j]));
             }

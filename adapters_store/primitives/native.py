@@ -22,6 +22,7 @@ from adapters_store.primitives.panels import Panels
 from adapters_store.primitives.two_layer import Pair
 
 PREPARED = "native"  # key of a batch's memo: the batch as the kernel takes it
+BLOCK = 128  # columns of b that lie together; as in lowrank.c
 MAX_RANK = 512  # beyond, a product is wide enough for torch's own
 _FLAGS = (*compiled.FLAGS, "-ffp-contract=off")  # lowrank.c says why
 _FILES = ("lowrank.c", "lowrank_bf16.c", "../prefetch.h", "../scratch.h")
@@ -32,13 +33,16 @@ _SOURCE, *_INCLUDED = (Path(__file__).parent / name for name in _FILES)
 class NativePair:
     """One adapter in the kernel's layout, the scale folded into b.
 
-    float32: a (d_in, lanes), b (rank, d_out). Where the processor multiplies bfloat16, for a bfloat16 backbone, in
-    neighbouring pairs: a (d_in / 2, lanes, 2), b (rank / 2, d_out, 2), odd sizes filled with zeros.
+    float32: a (d_in, lanes), b in blocks of BLOCK columns, each (rank, columns), one behind the other. Where the
+    processor multiplies bfloat16, for a bfloat16 backbone, in neighbouring pairs: a (d_in / 2, lanes, 2), b's blocks
+    (rank / 2, columns, 2), odd sizes filled with zeros.
     """
 
     a: Tensor
     b: Tensor
     rank: int
+    d_in: int
+    d_out: int
 
     @staticmethod
     def of(A: Tensor, B: Tensor, *, paired: bool) -> "NativePair":
@@ -48,13 +52,17 @@ class NativePair:
         a = torch.zeros(d_in, lanes)
         a[:, :rank] = A.mT
         b = B.float().mT
-        pair = (_paired(a), _paired(b)) if paired else (a, b)
-        a, b = (memory.zeros(*rows.shape, dtype=rows.dtype).copy_(rows) for rows in pair)
-        return NativePair(a, b, rank)
+        rows = (_paired(a), _paired(b)) if paired else (a, b)
+        both = rows[0], _in_blocks(rows[1])
+        a, b = (memory.zeros(*part.shape, dtype=part.dtype).copy_(part) for part in both)
+        return NativePair(a, b, rank, d_in, B.shape[0])
 
-    def unpaired(self) -> Pair | None:
-        """The same factors for the torch forms, as views; None where they lie in pairs."""
-        return Pair(self.a[:, : self.rank].mT, self.b.mT) if self.a.ndim == 2 else None
+    def for_torch(self) -> Pair:
+        """The same factors for the torch forms; copies, where they are not views."""
+        is_paired = self.a.ndim == 3
+        b = _from_blocks(self.b, self.d_out, 2 if is_paired else 1)
+        a, b = (_unpaired(self.a), _unpaired(b)) if is_paired else (self.a, b.squeeze(-1))
+        return Pair(a[: self.d_in, : self.rank].mT, b[: self.rank].mT)
 
     @property
     def row(self) -> tuple[int, int, int, int]:
@@ -67,6 +75,23 @@ def _paired(rows: Tensor) -> Tensor:
     even = torch.zeros(rows.shape[0] + rows.shape[0] % 2, rows.shape[1], dtype=torch.bfloat16)
     even[: rows.shape[0]] = rows
     return even.view(-1, 2, rows.shape[1]).transpose(1, 2).contiguous()
+
+
+def _unpaired(pairs: Tensor) -> Tensor:
+    """(n, width, 2) as (2 n, width)."""
+    return pairs.transpose(1, 2).flatten(0, 1)
+
+
+def _in_blocks(rows: Tensor) -> Tensor:
+    """(n, width, …) flat: BLOCK columns of all rows, row after row, then the next."""
+    return torch.cat([block.flatten() for block in rows.split(BLOCK, dim=1)])
+
+
+def _from_blocks(flat: Tensor, width: int, numbers: int) -> Tensor:
+    """(n, width, numbers) again."""
+    rows = len(flat) // (width * numbers)
+    blocks = flat.split(rows * BLOCK * numbers)
+    return torch.cat([block.view(rows, -1, numbers) for block in blocks], dim=1)
 
 
 def is_paired(dtype: torch.dtype) -> bool:

@@ -10,6 +10,7 @@
  * Plain C with GCC/Clang vector types; sums of a vector's elements, ragged ends and products of bfloat16 pairs have a
  * form of their own for AVX-512. Called through ctypes.
  */
+#include "../../adapters_store/prefetch.h"
 #include "attention.h"
 
 #define GROUP 8                           /* query heads done together at most */
@@ -51,10 +52,9 @@ INLINE void totals(const vec *x, float *to) {
 }
 #endif
 
-/* Ask memory for every other line of a run, into the second-level cache: the processor, which sees a run being read,
- * brings the rest, and asking for all of them leaves no room for what is read now. */
+/* Ask for a run of memory. */
 INLINE void fetch(const char *run, int64_t bytes) {
-    for (int64_t b = 0; b < bytes; b += 128) __builtin_prefetch(run + b, 0, 2);
+    for (int64_t b = 0; b < bytes; b += LINE_STEP) ASK_FOR(run + b);
 }
 
 /* ---- scores ---- */

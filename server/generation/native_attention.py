@@ -21,7 +21,7 @@ from adapters_store.packing import Scoring
 from server.generation.pages import PAGE
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("attention.c", "prefill.c")]
-_INCLUDED = [Path(__file__).with_name("attention.h")]
+_INCLUDED = [Path(__file__).with_name("attention.h"), Path(compiled.__file__).with_name("prefetch.h")]
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 

@@ -136,6 +136,18 @@ def test_calibration_fits_every_form_and_leaves_results_alone(dtype: torch.dtype
         torch.testing.assert_close(found, one.place.module(x), rtol=2e-2, atol=2e-2)
 
 
+@light
+@given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 600), st.booleans())
+def test_factors_in_the_kernels_layout_come_back_as_they_were(rank: int, d_in: int, d_out: int, paired: bool) -> None:
+    A, B = torch.randn(rank, d_in), torch.randn(d_out, rank)
+
+    pair = native.NativePair.of(A, B, paired=paired).for_torch()
+
+    dtype = torch.bfloat16 if paired else torch.float32
+    assert_same_bits(pair.A.contiguous(), A.to(dtype))
+    assert_same_bits(pair.B.contiguous(), B.to(dtype))
+
+
 Rows = Sequence[tuple[int, Mix | None]]
 
 

@@ -102,7 +102,8 @@ def test_a_layer_that_asks_for_factors_gives_the_same_bits(case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_asked_for_are_the_factors_in_use(dtype: torch.dtype) -> None:
-    mixes = [Mix.one_hot(1, 1), None, Mix.one_hot(3, 1), Mix.one_hot(SLOTS - 1, 1), *[None] * 8, Mix.one_hot(1, 1)]
+    used = [Mix.one_hot(1, 1), None, Mix.one_hot(3, 1), Mix.one_hot(SLOTS - 1, 1), Mix.one_hot(1, 1)]
+    mixes = [*used, *[None] * linear.idle_rows()]
     case = Case.of(dtype, 64, 96, mixes, [8, 16, 8, 32])
     table, standing = case.table, Standing()
     player = case.recorded(table, standing)
@@ -110,15 +111,15 @@ def test_what_is_asked_for_are_the_factors_in_use(dtype: torch.dtype) -> None:
 
     player.play()
 
-    used = [factor for slot in (1, 3) for factor in (case.pairs[slot].a, case.pairs[slot].b)]
-    assert listed(standing) == {(factor.data_ptr(), factor.nbytes // 64) for factor in used}
+    factors = [factor for slot in (1, 3) for factor in (case.pairs[slot].a, case.pairs[slot].b)]
+    assert listed(standing) == {(factor.data_ptr(), factor.nbytes // 64) for factor in factors}
     standing.load(MixedBatch.of([(len(mixes), None)], 1))
     player.play()
     assert listed(standing) == set()
 
 
 def test_few_rows_ask_for_nothing_because_they_wait_for_their_weights() -> None:
-    case = Case.of(torch.float32, 64, 96, [Mix.one_hot(0, 1)] * 11, [8] * 4)
+    case = Case.of(torch.float32, 64, 96, [Mix.one_hot(0, 1)] * (linear.idle_rows() - 1), [8] * 4)
     table, standing = case.table, Standing()
     standing.load(case.batch)
 
