@@ -486,9 +486,10 @@ typedef struct {
     int64_t number_bytes; /* of factors */
 } listing;
 
-static void enter(prefetch_list *list, const void *from, int64_t bytes) {
-    for (int64_t i = 0; i < list->num_runs; i++)
-        if (list->runs[i].from == from) return; /* several panels use it */
+/* is_new: no other panel can have listed it. */
+static void enter(prefetch_list *list, const void *from, int64_t bytes, int is_new) {
+    for (int64_t i = 0; !is_new && i < list->num_runs; i++)
+        if (list->runs[i].from == from) return;
     if (list->num_runs == RUNS) return;
     list->runs[list->num_runs++] = (memory_run){from, (bytes + 63) / 64};
     list->lines += (bytes + 63) / 64;
@@ -503,7 +504,8 @@ int64_t lowrank_list(const listing *to) {
         for (int64_t g = 0; g < num_groups; g++) {
             const entry *adapter = at_slot(to->here->adapters, batch->groups[2 * g]);
             const int64_t numbers = is_b ? adapter->rank * to->here->d_out : to->here->d_in * adapter->lanes;
-            if (adapter->rank > 0) enter(to->list, is_b ? adapter->b : adapter->a, numbers * to->number_bytes);
+            const void *factor = is_b ? adapter->b : adapter->a;
+            if (adapter->rank > 0) enter(to->list, factor, numbers * to->number_bytes, batch->num_panels == 1);
         }
     return 0;
 }

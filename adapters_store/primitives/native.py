@@ -84,13 +84,13 @@ def _unpaired(pairs: Tensor) -> Tensor:
 
 def _in_blocks(rows: Tensor) -> Tensor:
     """(n, width, …) flat: BLOCK columns of all rows, row after row, then the next."""
-    return torch.cat([block.flatten() for block in rows.split(BLOCK, dim=1)])
+    return torch.cat([block.flatten() for block in torch.split(rows, BLOCK, dim=1)])
 
 
 def _from_blocks(flat: Tensor, width: int, numbers: int) -> Tensor:
     """(n, width, numbers) again."""
     rows = len(flat) // (width * numbers)
-    blocks = flat.split(rows * BLOCK * numbers)
+    blocks = torch.split(flat, rows * BLOCK * numbers)
     return torch.cat([block.view(rows, -1, numbers) for block in blocks], dim=1)
 
 

@@ -25,7 +25,7 @@ def measured(rounds: int) -> Iterator[Line]:
             for top_k in (1, 4):
                 step = step_of(batcher, compositions(rows, top_k))
                 ways = {"silent": through(batcher, silent, step), "asking": through(batcher, asking, step)}
-                with mock.patch.object(linear, "idle_rows", lambda: max(ROWS) + 1):
+                with mock.patch.object(linear, "idle_rows", return_value=max(ROWS) + 1):
                     ways["silent"]()  # records
                 setting = {"width": hidden, "dtype": dtype, "rows": rows, "adapters": top_k}
                 yield compared(setting, ways, rounds)
