@@ -74,6 +74,7 @@ bench-generate: setup ## generation next to transformers' two ways and PEFT; wri
 	$(BIN)/python -W ignore -m tests.bench.attention
 	$(BIN)/python -W ignore -m tests.bench.tapes
 	$(BIN)/python -W ignore -m tests.bench.prefetch
+	$(BIN)/python -W ignore -m tests.bench.reading
 	$(BIN)/python -W ignore -m tests.bench.greedy
 	$(BIN)/python -W ignore -m tests.bench.generate
 	$(BIN)/python -W ignore -m tests.bench.generate_gpu

@@ -16,6 +16,9 @@
 #include "prefetch.h"
 #include "scratch.h"
 #include "strips.h"
+
+const int64_t linear_idle_rows = IDLE_ROWS;
+
 #ifdef STRIPS
 
 #define MOST 14      /* rows of a tile at most: 28 sums, 2 lines of weights and a row's number are 31 of 32 registers */
@@ -23,7 +26,6 @@
 #define BLOCK 96     /* rows that meet a strip one tile after another, at most */
 #define KEPT 393216  /* bytes of such rows; they stay in the second-level cache, beside the strip */
 #define AHEAD 8192   /* bytes until weights that are asked for now are used */
-#define BUSY 7       /* rows from which on weights are asked for: fewer wait for memory, which the processor foresees */
 #define ALIASED 4096 /* bytes: what lies so far apart wants the same lines of the first-level cache */
 
 /* What a caller gives: as below; x_row: elements from row to row. */
@@ -142,7 +144,7 @@ INLINE void multiply(const int half, const int n, const int asks, const call *c,
         }
     }
     for (; w < end; w += 4 * OUTPUTS, i += 4) {
-        if (n >= BUSY) UNROLL for (int j = 0; j < 2; j++) ASK_FOR(w + ahead + 64 * j);
+        if (n >= BUSY_ROWS) UNROLL for (int j = 0; j < 2; j++) ASK_FOR(w + ahead + 64 * j);
         add_products(half, n, x, x_row, i, w, sum);
     }
     finish(half, n, c, row, strip, sum);
@@ -151,7 +153,7 @@ INLINE void multiply(const int half, const int n, const int asks, const call *c,
 INLINE void multiply_rows(const int half, const int asks, int64_t n, const call *c, int64_t row, int64_t strip,
                           int64_t ahead, share *others) {
 #define CASE(N)                                                                                                      \
-    case N: multiply(half, N, N < BUSY ? 0 : asks, c, row, strip, ahead, others); break;
+    case N: multiply(half, N, N < BUSY_ROWS ? 0 : asks, c, row, strip, ahead, others); break;
     switch (n) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
         CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14)
@@ -176,7 +178,7 @@ INLINE void multiply_block(const int half, const call *c, int64_t block, int64_t
         int64_t row = i * rows / tiles, n = (i + 1) * rows / tiles - row, ahead = i ? 0 : AHEAD;
         row += first;
         if (others.left <= 0 || (i == 0 && tiles > 1)) multiply_rows(half, 0, n, c, row, strip, ahead, NULL);
-        else if (i == 0 || n < BUSY_TILE || others.left <= c->words) multiply_rows(half, 1, n, c, row, strip, ahead, &others);
+        else if (i == 0 || n < TWO_LINES || others.left <= c->words) multiply_rows(half, 1, n, c, row, strip, ahead, &others);
         else multiply_rows(half, 2, n, c, row, strip, ahead, &others);
     }
 }
@@ -197,8 +199,6 @@ static const char *spread(const char *x, int64_t bytes, int64_t rows, int64_t *r
     *row = apart;
     return to;
 }
-
-const int64_t linear_idle_rows = IDLE_ROWS;
 
 /* 0, or 1 if memory ran out. */
 #define LINEAR(NAME, HALF)                                                                                           \

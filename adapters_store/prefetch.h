@@ -10,13 +10,15 @@
 #if defined(__AVX512VP2INTERSECT__) && defined(__AVX512BF16__)
 #define NEAREST 3      /* cache that is asked for what is read next (3: the first level, 2: the second), */
 #define LINE_STEP 64   /* bytes from a line that is asked for to the next one */
-#define IDLE_ROWS 15   /* rows from which on a linear layer leaves memory idle */
-#define BUSY_TILE 10   /* rows of a tile from which on it has time to ask for two lines per word */
+#define BUSY_ROWS 3    /* rows from which on a linear layer asks for its weights: fewer wait, and are foreseen */
+#define IDLE_ROWS 15   /* rows from which on it leaves memory idle, and asks for what others read */
+#define TWO_LINES 10   /* rows of a tile from which on there is time to ask for two such lines per word */
 #else
 #define NEAREST 2      /* fewer lines can be on their way to the first level than keep memory busy */
 #define LINE_STEP 128  /* the processor brings the other line; asking for it leaves no room for what is read now */
+#define BUSY_ROWS 7
 #define IDLE_ROWS 12
-#define BUSY_TILE 7
+#define TWO_LINES 7
 #endif
 
 /* Ask for a line that is read next. */

@@ -3,6 +3,7 @@
 Tables stand between `<!-- name -->` and `<!-- /name -->`; a test holds that README has what this makes.
 """
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,21 +107,43 @@ def cotrain_cost() -> str:
 
 def generate() -> str:
     """Useful new tokens per second: transformers' two ways, PEFT, and ours with and without compositions."""
-    found = [one for one in lines("generate") if "hidden" in one]
-    settings = list(dict.fromkeys((one["hidden"], one["dtype"], one["requests"]) for one in found))
-    by = {(one["hidden"], one["dtype"], one["requests"], one["variant"]): one for one in found if "variant" in one}
+    settings, by = _generated("generate")
     rows = [
         "| model, requests | `generate` | its batching | PEFT | PEFT top-1 | top-4 | ours, bare | top-1 | top-4 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for setting in settings:
         cells = [f"{by[*setting, name]['tokens_per_s']:.0f}" for name in ("c", "d", "e", "e1", "e4", "a", "b1", "b4")]
-        rows.append(f"| 8 x {setting[0]} {setting[1]}, {setting[2]} | {' | '.join(cells)} |")
+        rows.append(f"| {_of_setting(setting)} | {' | '.join(cells)} |")
     outside = max(one["outside_forward"] for one in by.values() if one["requests"] == 64 and "outside_forward" in one)
-    rows.append(
-        f"\nAt 64 requests at most {outside:.1%} of a step is spent outside the model's forward. {_equalities(found)}"
-    )
-    return "\n".join([*rows, "\nThe file also has commits, rounds, and where the time of a step goes."])
+    return "\n".join([
+        *rows, f"\nAt 64 requests at most {outside:.1%} of a step is spent outside the model's forward. "
+        + _equalities(lines("generate")), "\nThe file also has commits, rounds, and where the time of a step goes.",
+    ])  # fmt: skip
+
+
+def generate_ratios(name: str) -> str:
+    """The same as ratios of speeds: over `generate`, of ours without adapters, and over PEFT."""
+    settings, by = _generated(name)
+    ratios = (("a", "c"), ("b1", "a"), ("b4", "a"), ("b1", "e"), ("b4", "e"), ("b1", "e1"), ("b4", "e4"))
+    heads = ("bare over `generate`", "top-1 of bare", "top-4", "top-1 over PEFT", "top-4", "over PEFT top-1", "top-4")
+    rows = [f"| model, requests | {' | '.join(heads)} |", "|---|---|---|---|---|---|---|---|"]
+    for setting in settings:
+        cells = [f"{by[*setting, one][f'over_{other}']:.2f}" for one, other in ratios]
+        rows.append(f"| {_of_setting(setting)} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _generated(name: str) -> tuple[list[tuple[Any, ...]], dict[tuple[Any, ...], dict[str, Any]]]:
+    """Settings of a file in order, and its lines by setting and variant."""
+    found = [one for one in lines(name) if "hidden" in one]
+    settings = list(dict.fromkeys((one["hidden"], one["dtype"], one["requests"]) for one in found))
+    return settings, {(one["hidden"], one["dtype"], one["requests"], one["variant"]): one for one in found
+                      if "variant" in one}  # fmt: skip
+
+
+def _of_setting(setting: tuple[Any, ...]) -> str:
+    return f"8 x {setting[0]} {setting[1]}, {setting[2]}"
 
 
 def _equalities(found: Sequence[dict[str, Any]]) -> str:
@@ -140,7 +163,9 @@ def _equalities(found: Sequence[dict[str, Any]]) -> str:
 
 TABLES = {
     "machine": machine, "forward": forward, "end_to_end": end_to_end, "fdu": fdu, "generate": generate,
-    "cotrain_cost": cotrain_cost, "method": method_tables.method, "synthetic": method_tables.synthetic,
+    "generate_ratios": functools.partial(generate_ratios, "generate"),
+    "generate_zen4": functools.partial(generate_ratios, "generate_zen4"), "cotrain_cost": cotrain_cost,
+    "method": method_tables.method, "synthetic": method_tables.synthetic,
 }  # fmt: skip
 
 
