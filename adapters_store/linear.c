@@ -168,7 +168,8 @@ INLINE int64_t block_of(int64_t bytes) {
 }
 
 /* The rows of a block meet a strip, in tiles of about the same size. Tiles behind the first find its weights in the
- * second-level cache, so larger ones have time to ask for two lines per word; a lone one reads them, and asks for one. */
+ * second-level cache, so larger ones have time to ask for two lines per word; a lone one reads them, and asks for
+ * one. */
 INLINE void multiply_block(const int half, const call *c, int64_t block, int64_t strip) {
     const int64_t first = block * c->block, rows = least(c->rows - first, c->block);
     const int64_t tiles = rows <= MOST ? 1 : (rows + ROWS - 1) / ROWS;
@@ -177,9 +178,10 @@ INLINE void multiply_block(const int half, const call *c, int64_t block, int64_t
     for (int64_t i = 0; i < tiles; i++) {
         int64_t row = i * rows / tiles, n = (i + 1) * rows / tiles - row, ahead = i ? 0 : AHEAD;
         row += first;
+        const int has_time = i > 0 && n >= TWO_LINES;
         if (others.left <= 0 || (i == 0 && tiles > 1)) multiply_rows(half, 0, n, c, row, strip, ahead, NULL);
-        else if (i == 0 || n < TWO_LINES || others.left <= c->words) multiply_rows(half, 1, n, c, row, strip, ahead, &others);
-        else multiply_rows(half, 2, n, c, row, strip, ahead, &others);
+        else if (has_time && others.left > c->words) multiply_rows(half, 2, n, c, row, strip, ahead, &others);
+        else multiply_rows(half, 1, n, c, row, strip, ahead, &others);
     }
 }
 

@@ -1,8 +1,8 @@
 /* Asking for memory that is read soon: how, and lists of what the next call reads, for a kernel that leaves memory idle
  * while it computes.
  *
- * How differs between processors. Measured on Zen 4 and Zen 5; others are served like Zen 4. Zen 5 is known here by what
- * it alone has of those that have AVX512-BF16: compilers of its time do not know it by name.
+ * How differs between processors. Measured on Zen 4 and Zen 5; others are served like Zen 4. Zen 5 is known here by
+ * what it alone has of those that have AVX512-BF16: compilers of its time do not know it by name.
  */
 #pragma once
 #include <stdint.h>

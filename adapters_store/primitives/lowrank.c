@@ -375,7 +375,8 @@ static void expand_parts(const panel *now, int half, char *const *y, const part 
                          int64_t shift, int64_t columns) {
     const part *after = parts + num_parts;
     const int64_t step = parts->num_uses > FEW ? CHUNK : BLOCK;
-    addends add = {parts, num_parts, 0, now->here->d_out, shift, shift + columns, 1, NULL};
+    addends add = {.parts = parts, .num_parts = num_parts, .d_out = now->here->d_out, .shift = shift,
+                   .end = shift + columns, .asks = 1};
     if (after < now->parts + now->num_parts) add.next = column_of(after->adapter->b, rows_of(now, after), shift);
     for (int64_t c = 0, width; c < columns; c += width, add.at = 0, add.asks = 1) {
         width = least(columns - c, step);

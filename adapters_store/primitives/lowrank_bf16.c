@@ -1,9 +1,9 @@
 /* The two products of lowrank.c for bfloat16 on processors with bfloat16 dot products (AVX512-BF16); part of lowrank.c.
  *
  * The dot product takes two neighbouring elements at a time, so factors come in pairs: an entry's a is
- * (d_in / 2, lanes, 2) and the blocks of its b (rank / 2, columns, 2), odd sizes filled with zeros. Sums are float32; x, the factors
- * and weight * A x are bfloat16, as they are in the backbone's own product. A part's hidden holds lanes / 2 pairs for
- * each use, at the beginning of its lanes.
+ * (d_in / 2, lanes, 2) and the blocks of its b (rank / 2, columns, 2), odd sizes filled with zeros. Sums are float32;
+ * x, the factors and weight * A x are bfloat16, as they are in the backbone's own product. A part's hidden holds
+ * lanes / 2 pairs for each use, at the beginning of its lanes.
  */
 
 /* Two neighbours of a row as one number, to be spread over all lanes. */
