@@ -284,6 +284,18 @@ def test_tokens_whose_adapters_do_not_touch_the_site_keep_their_bits(dtype: torc
     assert_close(found[2:4], filled.expected(x, y, rows)[2:4], dtype)
 
 
+def test_sums_of_many_tokens_are_kept_a_strip_of_columns_at_a_time(dtype: torch.dtype) -> None:
+    filled = Filled.of(dtype, 40, 1100, [16, 9, 3])
+    rows = [(1, Mix((i % 3,), np.full((1, 3), 1 + i / 200, np.float32))) for i in range(200)]  # a mix for each
+    x, y = filled.randn(200)
+
+    found = filled.native(x, y, rows)
+
+    assert_close(found, filled.expected(x, y, rows), dtype)
+    for t in range(0, 200, 40):  # alone its columns are one strip
+        assert_same_bits(found[t : t + 1], filled.native(x[t : t + 1], y[t : t + 1], rows[t : t + 1]))
+
+
 @pytest.mark.parametrize(("d_in", "d_out"), [(4096, 11008), (11008, 4096)])
 def test_wide_layers_decode(dtype: torch.dtype, d_in: int, d_out: int) -> None:
     filled = Filled.of(dtype, d_in, d_out, [16, 64, 5])
