@@ -57,6 +57,7 @@ class NativePair:
         a, b = (memory.zeros(*part.shape, dtype=part.dtype).copy_(part) for part in both)
         return NativePair(a, b, rank, d_in, B.shape[0])
 
+    @torch.inference_mode(mode=False)  # what serves first may not record gradients, and what comes next may
     def for_torch(self) -> Pair:
         """The same factors for the torch forms; copies, where they are not views."""
         is_paired = self.a.ndim == 3
